@@ -1,0 +1,28 @@
+"""Our own engine in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..engine.engine import Assembly, LocalEngine
+
+
+class LocalBackend:
+    """Runs every combination of parts on the loaded transformers model."""
+
+    name = "local"
+
+    def unsupported(self, assembly: Assembly) -> Sequence[str]:
+        """Why this pipeline cannot be run here, reason by reason: the attention that cannot be packed."""
+        from ..models.attention import refusal
+
+        reason = refusal(assembly.loaded.model.config) if getattr(assembly.cache(), "packed", False) else None
+        return [f"{reason}: use cache='plain'"] if reason else []
+
+    def open(self, assembly: Assembly) -> LocalEngine:
+        """A new engine."""
+        from ..engine.engine import LocalEngine
+
+        return LocalEngine(assembly)

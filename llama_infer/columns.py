@@ -1,0 +1,68 @@
+"""Parameters of requests as columns of the table: made once, when a request joins."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batch import Batch, Column, Padded
+from .chain import Chain, hashable
+from .parts import Param
+from .types import Value
+
+_DTYPES = {float: torch.float64, int: torch.int64, bool: torch.bool}
+
+
+def known_values(declared: Iterable[str], rows: Sequence[Mapping[str, Value]]) -> dict[str, frozenset[Hashable]]:
+    """What each parameter is in these rows, for the host to know without asking the device."""
+    return {name: frozenset(hashable(row[name]) for row in rows) for name in declared}
+
+
+def make_batch(
+    chain: Chain,
+    declared: Mapping[str, Param],
+    rows: Sequence[Mapping[str, Value]],
+    tokens: Sequence[Sequence[int]],
+    *,
+    prompt_lengths: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
+    requests: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+) -> Batch:
+    """A table of new rows: their tokens, their parameters (complete: a value for every declared one), fresh state."""
+    columns: dict[str, Column] = {}
+    for name, param in declared.items():
+        column = _column(chain.parts, name, param, [row[name] for row in rows])
+        if column is not None:
+            columns[name] = _to_device(column, device)
+    batch = Batch.of(
+        tokens,
+        prompt_lengths=prompt_lengths,
+        seeds=seeds,
+        requests=requests,
+        columns=columns,
+        values=known_values(declared, rows),
+        device=device,
+    )
+    state = {name: _to_device(column, device) for name, column in chain.state(batch).items()}
+    return replace(batch, columns={**columns, **state})
+
+
+def _column(parts: Sequence[Any], name: str, param: Param, values: Sequence[Value]) -> Column | None:
+    """The part's own column, a tensor of numbers, or None for what only the host reads."""
+    for part in parts:
+        if name in getattr(part, "params", {}) and hasattr(part, "prepare"):
+            prepared: Column = part.prepare(name, values)
+            return prepared
+    dtype = _DTYPES.get(param.type)
+    return None if dtype is None or None in values else torch.tensor(list(values), dtype=dtype)
+
+
+def _to_device(column: Column, device: torch.device | str) -> Column:
+    if isinstance(column, Tensor) and column.dtype == torch.float64 and torch.device(device).type == "mps":
+        column = column.float()  # Apple's GPUs have no float64
+    return column.to(device) if isinstance(column, (Tensor, Padded)) else column

@@ -1,0 +1,1 @@
+"""The loop: admit, forward, step, advance, settle."""

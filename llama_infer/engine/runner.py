@@ -1,0 +1,28 @@
+"""One forward: whatever the cache lacks, of all rows end to end, through the model's own ``forward``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..batch import Batch, Output
+
+if TYPE_CHECKING:
+    from ..layout import Layout
+    from ..parts import LoadedModel
+
+
+class Runner:
+    """Feeds a batch's missing tokens to a loaded model."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._model = loaded.model
+        self._device = loaded.device
+
+    def forward(self, batch: Batch, cache: Any, layout: Layout) -> Output:
+        """Logits [M, V] of the last token of each ready row, float32 (float64 stays)."""
+        tokens = batch.history.values[layout.rows, layout.positions]
+        calls = [self._model(**call).logits[0] for call in cache.calls(layout, tokens)]
+        logits = calls[0] if len(calls) == 1 else torch.cat(calls)
+        return Output(logits if logits.dtype == torch.float64 else logits.float(), layout.ready)

@@ -1,0 +1,112 @@
+"""Which token of a packed forward belongs to which row: the row map that the attention and the cache read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Span(NamedTuple):
+    """What one row feeds in a step: ``new`` tokens behind the ``old`` that the cache holds; ``ready`` when that is all
+    of its known tokens, so that its last one yields logits."""
+
+    old: int
+    new: int
+    ready: bool
+
+    @property
+    def end(self) -> int:
+        """Tokens held after the step."""
+        return self.old + self.new
+
+
+class Piece(NamedTuple):
+    """Rows ``first``..``last`` (exclusive) that are attended to together, from packed token ``start`` on.
+
+    Either a run of neighbouring rows that feed one token each, or one row that feeds several.
+    """
+
+    first: int
+    last: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tokens of all rows end to end. Built on the host; no tensor of it depends on a device's result."""
+
+    spans: tuple[Span, ...]
+    device: torch.device
+    _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        """The longest row after the step."""
+        return max(span.end for span in self.spans)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """int64 [N]: the row of each token."""
+        return self._tensor([row for row, span in enumerate(self.spans) for _ in range(span.new)])
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [N]: the position of each token in its row."""
+        return self._tensor([at for span in self.spans for at in range(span.old, span.end)])
+
+    @cached_property
+    def last(self) -> Tensor:
+        """int64 [M]: where in the packed tokens the last one of each ready row stands."""
+        ends, total = [], 0
+        for span in self.spans:
+            total += span.new
+            if span.ready:
+                ends.append(total - 1)
+        return self._tensor(ends)
+
+    @cached_property
+    def ready(self) -> Tensor | None:
+        """int64 [M]: the ready rows; None when all are."""
+        rows = [row for row, span in enumerate(self.spans) if span.ready]
+        return None if len(rows) == len(self.spans) else self._tensor(rows)
+
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The rows in groups that one attention call serves."""
+        pieces: list[Piece] = []
+        start = 0
+        for row, span in enumerate(self.spans):
+            joins = span.new == 1 and pieces and pieces[-1].last == row and self.spans[row - 1].new == 1
+            if joins:
+                pieces[-1] = pieces[-1]._replace(last=row + 1)
+            elif span.new:
+                pieces.append(Piece(row, row + 1, start))
+            start += span.new
+        return tuple(pieces)
+
+    def mask(self, piece: Piece, window: int | None) -> Tensor | None:
+        """bool [rows, 1, new, width of the piece]: what each token sees; None where it sees everything before it.
+
+        ``window``: of that many positions, itself included, only (sliding window attention). Made once a step.
+        """
+        key = (piece.first, window)
+        if key not in self._masks:
+            self._masks[key] = self._mask(self.spans[piece.first : piece.last], window)
+        return self._masks[key]
+
+    def _mask(self, spans: Sequence[Span], window: int | None) -> Tensor | None:
+        width = max(span.end for span in spans)
+        unbounded = window is None or window >= width
+        if unbounded and (all(s.new == 1 and s.end == width for s in spans) or (len(spans) == 1 and not spans[0].old)):
+            return None
+        at = torch.stack([torch.arange(s.old, s.end) for s in spans]).to(self.device)[:, None, :, None]
+        to = torch.arange(width, device=self.device)
+        return (to <= at) if unbounded else (to <= at) & (to > at - window)
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self.device)

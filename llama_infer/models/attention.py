@@ -1,0 +1,159 @@
+"""Attention over packed rows, handed to transformers' models; the only file that registers with transformers.
+
+Each name ``llama_infer_<kernel>`` is registered as an attention *and* as a mask function. In our own calls the keyword
+``layout`` is present, the rows' keys and values come from our cache layers, and the mask is ignored. In anybody else's
+call on the same model transformers' own function of that kernel runs with the mask it asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UnsupportedError
+from ..layout import Layout, Piece
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PREFIX = "llama_infer_"
+KERNELS = ("sdpa", "eager", "flash_attention_2")
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+
+Kernel = Callable[[Tensor, Tensor, Tensor, "Tensor | None", bool, "float | None"], Tensor]
+
+
+def install(model: PreTrainedModel, kernel: str = "sdpa") -> None:
+    """Makes the model's attention ours. Raises UnsupportedError when the model has no replaceable attention."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    name = PREFIX + kernel
+    AttentionInterface.register(name, partial(_packed_attention, kernel))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[kernel])
+    try:
+        model.set_attn_implementation(name)
+    except Exception as error:
+        raise UnsupportedError(f"{type(model).__name__} does not let its attention be replaced: {error}") from error
+
+
+def refusal(config: Any) -> str | None:
+    """Why rows of a model with this configuration cannot be packed into one forward; None when they can."""
+    config = config.get_text_config()
+    for rope in _rope_types(config):
+        if rope in ("longrope", "dynamic"):
+            return f"rope type {rope!r} chooses its frequencies by the longest row of a batch"
+    known = {"full_attention", "sliding_attention"}
+    odd = sorted(set(getattr(config, "layer_types", None) or ()) - known)
+    if odd:
+        return f"it has layers of type {', '.join(map(repr, odd))}; known: {', '.join(sorted(known))}"
+    for name in ("attn_logit_softcapping", "attention_sink", "num_kv_shared_layers"):
+        if getattr(config, name, None):
+            return f"its attention uses {name}"
+    return None
+
+
+def _rope_types(config: Any) -> set[str]:
+    found = set()
+    for rope in (getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)):
+        if isinstance(rope, dict):
+            nested = [value for value in rope.values() if isinstance(value, dict)]
+            found |= {str(r.get("rope_type", r.get("type", "default"))) for r in (rope, *nested)}
+    return found
+
+
+def _packed_attention(
+    kernel: str,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    layout: Layout | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """query [1, heads, N, d], key and value [rows, kv heads, width, d] of the cache -> [1, N, heads, d]."""
+    if layout is None:
+        return _transformers_attention(kernel, module)(
+            module, query, key, value, attention_mask,
+            scaling=scaling, dropout=dropout, sliding_window=sliding_window, **kwargs,
+        )  # fmt: skip
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(f"{type(module).__name__} uses {name}: run it with cache='plain'")
+    out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
+    for piece in layout.pieces:
+        spans = layout.spans[piece.first : piece.last]
+        stop = piece.start + sum(span.new for span in spans)
+        width = max(span.end for span in spans)
+        rows = slice(piece.first, piece.last)
+        k, v = key[rows, :, :width], value[rows, :, :width]
+        q = query[0, :, piece.start : stop]
+        if kernel == "flash_attention_2":
+            out[piece.start : stop] = _flash(module, q, k, v, layout, piece, scaling, sliding_window)
+            continue
+        attend = _sdpa if kernel == "sdpa" else _eager
+        mask = layout.mask(piece, sliding_window)
+        group = q.shape[0] // k.shape[1]
+        if all(span.new == 1 for span in spans):  # the heads of a group as so many queries of their shared KV head
+            packed = q.transpose(0, 1).unflatten(1, (-1, group))
+            out[piece.start : stop] = attend(packed, k, v, mask, False, scaling).flatten(1, 2)
+        else:
+            k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+            out[piece.start : stop] = attend(q[None], k, v, mask, mask is None, scaling)[0].transpose(0, 1)
+    return out[None], None
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling)
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float | None) -> Tensor:
+    """The definition, written out: the reference that the kernels are held against."""
+    scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if causal:
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.softmax(scores, -1, dtype=dtype).to(q.dtype) @ v
+
+
+def _flash(
+    module: torch.nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    piece: Piece,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """Row by row through transformers' own flash attention, which is causal from the end of the keys."""
+    attend = _transformers_attention("flash_attention_2", module)
+    outs, start = [], 0
+    for row, span in enumerate(layout.spans[piece.first : piece.last]):
+        keys, values = (t[row : row + 1, :, : span.end] for t in (k, v))
+        queries = q[None, :, start : start + span.new]
+        outs.append(attend(module, queries, keys, values, None, scaling=scaling, sliding_window=window)[0][0])
+        start += span.new
+    return torch.cat(outs)
+
+
+def _transformers_attention(kernel: str, module: torch.nn.Module) -> Callable[..., Any]:
+    """transformers' own function; the eager one lives in the model's file."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if kernel == "eager":
+        import sys
+
+        return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
+    return ALL_ATTENTION_FUNCTIONS[kernel]  # type: ignore[no-any-return]

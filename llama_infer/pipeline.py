@@ -1,0 +1,389 @@
+"""The facade: parts are put together here, and only here are their defaults known."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from . import registry
+from .errors import LlamaInferError, ParameterError, PromptError, UnknownParameterError, UnsupportedError, suggest
+from .parameters import Setting, declare, from_checkpoint, resolve, validate
+from .parts import Context, LoadedModel, Param
+from .types import Chunk, Completion, Event, Message, PromptLike, Request, Value, as_prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import GenerationConfig
+
+    from .assembly import Shared
+    from .chat import Chat
+    from .engine.engine import Assembly
+
+DEFAULT_PROCESSORS = (
+    "logit_bias",
+    "min_new_tokens",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+)
+"""The order is the order in which they run."""
+DEFAULT_STOPPING = ("end", "length", "text")
+_BATCH_SIZE = {"cpu": 32, "cuda": 128, "mps": 32}
+
+
+class Explanation(dict[str, Setting]):
+    """Every effective parameter and where it comes from; ``str`` makes a table of it."""
+
+    def __str__(self) -> str:
+        width = max(map(len, self), default=0)
+        rows = [f"{name:<{width}}  {setting.value!r}  ({setting.origin})" for name, setting in self.items()]
+        return "\n".join(rows)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Pipeline:
+    """A loaded model and the parts that decode with it.
+
+    Args:
+        model: "demo", a folder, a hub id, a transformers model, or a :class:`~llama_infer.parts.LoadedModel`.
+        tokenizer: a folder or hub id, or a tokenizer, when it is not the model's.
+        revision: of the hub repository.
+        dtype: "bfloat16", "float16", "float32" or "auto"; by default what is fast on the device.
+        device: "cuda", "mps" or "cpu"; by default the first of them that is there.
+        device_map: as in transformers, in place of ``device``.
+        attention: "sdpa" (default), "eager" or "flash_attention_2".
+        quantization: a policy, such as "bnb-int8" or "bnb-nf4".
+        loader, formatter, sampler, strategy, cache, backend: one part each.
+        processors, stopping: any number of parts, in this order.
+        observers: called with every event (chunks and completions) of every run.
+        params: defaults of this pipeline, a mapping or a transformers ``GenerationConfig``.
+        batch_size: rows decoded at once; by default 32 on a CPU, 128 on a GPU.
+        trust_remote_code: whether a checkpoint may bring its own code.
+
+    A part is a name (see ``llama-infer parts``), an object, or a plain function. Raises a
+    :class:`~llama_infer.errors.LlamaInferError` when something does not fit; nothing is found out later that could be
+    found out here.
+    """
+
+    model: Any = "demo"
+    _: KW_ONLY
+    tokenizer: Any = None
+    revision: str | None = None
+    dtype: Any = None
+    device: Any = None
+    device_map: Any = None
+    attention: str | None = None
+    quantization: Any = None
+    loader: Any = "auto"
+    formatter: Any = "auto"
+    processors: Any = DEFAULT_PROCESSORS
+    sampler: Any = "categorical"
+    stopping: Any = DEFAULT_STOPPING
+    strategy: Any = "sample"
+    cache: Any = "slots"
+    backend: Any = "local"
+    observers: Sequence[Callable[[Event], None]] = ()
+    params: Mapping[str, Value] | GenerationConfig = field(default_factory=dict)
+    batch_size: int | None = None
+    trust_remote_code: bool = False
+    _shared: Shared = field(init=False)
+    _assembly: Assembly = field(init=False)
+    _layers: tuple[tuple[str, Mapping[str, Value]], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        from . import assembly
+
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ParameterError(f"batch_size={self.batch_size!r} is out of range: batch_size >= 1")
+        parts = _resolve_parts(self)
+        declared = declare([*parts.processors, parts.sampler, *parts.stopping, parts.strategy])
+        own = validate(declared, self.params)
+        shared = assembly.load(self)
+        layers = (("pipeline", own), ("checkpoint", from_checkpoint(shared.loaded.generation, declared)))
+        defaults = {name: setting.value for name, setting in resolve(declared, *layers).items()}
+        size = self.batch_size or _BATCH_SIZE.get(shared.loaded.device.type, 32)
+        built = assembly.assemble(self, shared, parts, declared, defaults, size)
+        object.__setattr__(self, "_shared", shared)
+        object.__setattr__(self, "_layers", layers)
+        object.__setattr__(self, "_assembly", built)
+        reasons = built_backend(self).unsupported(built)
+        if reasons:
+            raise UnsupportedError(f"{self.model}: " + "; ".join(reasons))
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The transformers model, its tokenizer and what is known of them."""
+        return self._shared.loaded
+
+    @property
+    def declared(self) -> Mapping[str, Param]:
+        """Every parameter that this pipeline knows."""
+        return self._assembly.declared
+
+    def __call__(
+        self, prompts: PromptLike | Sequence[PromptLike], generation_config: Any = None, **params: Value
+    ) -> Any:
+        """Answers one prompt with a :class:`Completion`, a list of prompts with a list of them, in order.
+
+        A prompt is a string, a list of message dicts, or a list of token ids; any other list is a list of prompts. A
+        scalar parameter may be a list then, one value a prompt (a sequence-valued one a list of lists).
+
+        Raises ParameterError or PromptError for a bad request before anything is decoded. A request that fails while
+        it is decoded comes back with ``finish_reason="error"``.
+        """
+        single = _is_one_prompt(prompts)
+        listed = [prompts] if single else list(prompts)
+        if not listed:
+            raise PromptError("the list of prompts is empty")
+        requests = self._requests(listed, single, generation_config, params)
+        engine = built_backend(self).open(self._assembly)
+        try:
+            order = {engine.add(request): at for at, request in enumerate(requests)}
+            answers: list[Completion | None] = [None] * len(requests)
+            while engine.busy:
+                for event in engine.step():
+                    if isinstance(event, Completion):
+                        answers[order[event.request.id]] = event
+        finally:
+            engine.close()
+        done = [answer for answer in answers if answer is not None]
+        return done[0] if single else done
+
+    def stream(self, prompt: PromptLike, generation_config: Any = None, **params: Value) -> Iterator[Chunk]:
+        """The answer to one prompt, piece by piece. Closing the iterator cancels the request.
+
+        Raises at once for a bad request, and in the middle when decoding fails.
+        """
+        if not _is_one_prompt(prompt):
+            raise PromptError("stream takes one prompt; use run for many")
+        (request,) = self._requests([prompt], True, generation_config, params)
+        engine = built_backend(self).open(self._assembly)
+        engine.add(request)
+        return self._chunks(engine)
+
+    def run(self, requests: Iterable[Request], ordered: bool = True) -> Iterator[Completion]:
+        """Any number of requests in bounded memory; completions in the order given, or as they are ready.
+
+        A request that cannot be served is yielded with ``finish_reason="error"`` and its error. With ``ordered``, no
+        more than four batches are held back while an early request is still being decoded.
+        """
+        engine = built_backend(self).open(self._assembly)
+        try:
+            yield from _serve(engine, iter(requests), self._assembly.batch_size, ordered)
+        finally:
+            engine.close()
+
+    def chat(self, system: str | None = None) -> Chat:
+        """A conversation with memory. ``system=None`` is the default system prompt, an empty string none."""
+        from .chat import Chat
+
+        return Chat(self, system)
+
+    def explain(self, generation_config: Any = None, **params: Value) -> Explanation:
+        """Every effective parameter and where it comes from: the call, the pipeline, the checkpoint, or a default."""
+        given = validate(self.declared, _merge(generation_config, params, self.declared))
+        return Explanation(resolve(self.declared, ("call", given), *self._layers))
+
+    def replace(self, **parts: Any) -> Pipeline:
+        """A pipeline with some parts replaced, which shares the loaded model unless what loads it is replaced."""
+        known = [f.name for f in dataclasses.fields(self) if f.init]
+        for name in parts:
+            if name not in known:
+                raise UnknownParameterError(f"Pipeline has no part {name!r}{suggest(name, known)}")
+        return dataclasses.replace(self, **parts)
+
+    def __repr__(self) -> str:
+        from .chain import part_name
+
+        chain = " -> ".join(part_name(part) for part in self._assembly.chain.parts)
+        stops = ", ".join(part_name(part) for part in self._assembly.stopping)
+        name = self.model if isinstance(self.model, (str, os.PathLike)) else type(self.model).__name__
+        return (
+            f"Pipeline({str(name)!r}, {self.loaded.model.dtype} on {self.loaded.device}, chain: {chain}, "
+            f"stopping: {stops}, strategy: {part_name(self._assembly.strategy)}, batch_size={self._assembly.batch_size})"
+        )
+
+    def _requests(
+        self, prompts: Sequence[Any], single: bool, generation_config: Any, params: Mapping[str, Value]
+    ) -> list[Request]:
+        rows = _per_prompt(_merge(generation_config, params, self.declared), self.declared, len(prompts), single)
+        return [Request(as_prompt(prompt), row) for prompt, row in zip(prompts, rows, strict=True)]
+
+    def _chunks(self, engine: Any) -> Iterator[Chunk]:
+        started = False
+        try:
+            while engine.busy:
+                for event in engine.step():
+                    if isinstance(event, Chunk):
+                        started = True
+                        yield event
+                    elif event.error is not None:
+                        raise event.error
+                    elif not started:  # nothing to decode
+                        yield Chunk(event.request.id, 0, event.text, event.token_ids, event.finish_reason)
+        finally:
+            engine.close()
+
+
+@dataclass(frozen=True)
+class _Parts:
+    processors: tuple[Any, ...]
+    sampler: Any
+    stopping: tuple[Any, ...]
+    strategy: Any
+
+
+def declared_params(
+    processors: Any = DEFAULT_PROCESSORS,
+    sampler: Any = "categorical",
+    stopping: Any = DEFAULT_STOPPING,
+    strategy: Any = "sample",
+) -> dict[str, Param]:
+    """Every parameter that a pipeline of these parts would know. Loads neither torch nor a model."""
+    parts = _parts(processors, sampler, stopping, strategy)
+    return declare([*parts.processors, parts.sampler, *parts.stopping, parts.strategy])
+
+
+def transform_logits(
+    logits: Tensor,
+    *,
+    tokens: Sequence[Sequence[int]] | None = None,
+    prompt_lengths: Sequence[int] | None = None,
+    processors: Any = DEFAULT_PROCESSORS,
+    end_token_ids: Sequence[int] = (),
+    **params: Value,
+) -> Tensor:
+    """The chain's output [R, V] for given logits [R, V], outside of any run.
+
+    Args:
+        logits: float [R, V]; left as they are.
+        tokens: each row's history, for penalties; ragged. Default: none.
+        prompt_lengths: how much of each history is prompt. Default: 0.
+        processors: the chain; by default that of a pipeline.
+        end_token_ids: what ``min_new_tokens`` bans.
+        params: values, or lists of one value a row.
+    """
+    from .chain import Chain
+    from .columns import make_batch
+
+    if logits.ndim != 2:
+        raise ParameterError(f"logits have the shape [rows, vocabulary]; given: {list(logits.shape)}")
+    count = logits.shape[0]
+    history = [[] for _ in range(count)] if tokens is None else [list(row) for row in tokens]
+    lengths = [0] * count if prompt_lengths is None else list(prompt_lengths)
+    if len(history) != count or len(lengths) != count:
+        raise ParameterError(
+            f"{count} rows of logits need as many histories and prompt lengths; given: {len(history)}, {len(lengths)}"
+        )
+    parts = _parts(processors, "greedy", (), "sample")
+    context = Context(None, logits.shape[1], tuple(end_token_ids), device=logits.device)
+    chain = Chain(parts.processors, parts.sampler).bind(context)
+    # The sampler's temperature is the same parameter; it is declared even when no processor of the chain reads it.
+    declared = declare([*parts.processors, registry.resolve("sampler", "categorical")])
+    defaults = {name: setting.value for name, setting in resolve(declared).items()}
+    rows = [{**defaults, **validate(declared, row)} for row in _per_prompt(params, declared, count, False)]
+    batch = make_batch(chain, declared, rows, history, prompt_lengths=lengths, device=logits.device)
+    return chain.scores(logits, batch)
+
+
+def built_backend(pipeline: Pipeline) -> Any:
+    """The pipeline's backend as an object."""
+    return registry.resolve("backend", pipeline.backend)
+
+
+def _resolve_parts(pipeline: Pipeline) -> _Parts:
+    return _parts(pipeline.processors, pipeline.sampler, pipeline.stopping, pipeline.strategy)
+
+
+def _parts(processors: Any, sampler: Any, stopping: Any, strategy: Any) -> _Parts:
+    from .foreign import adapt_criterion, adapt_processor
+
+    return _Parts(
+        tuple(adapt_processor(registry.resolve("processor", part)) for part in _as_tuple(processors)),
+        registry.resolve("sampler", sampler),
+        tuple(adapt_criterion(registry.resolve("stopping", part)) for part in _as_tuple(stopping)),
+        registry.resolve("strategy", strategy),
+    )
+
+
+def _as_tuple(slot: Any) -> tuple[Any, ...]:
+    if slot is None:
+        return ()
+    return tuple(slot) if isinstance(slot, (list, tuple)) else (slot,)
+
+
+def _is_one_prompt(given: Any) -> bool:
+    if isinstance(given, str):
+        return True
+    if getattr(given, "ndim", 0) == 1:
+        return True
+    if not isinstance(given, Sequence) or not given:
+        return False
+    ids = all(isinstance(item, int) and not isinstance(item, bool) for item in given)
+    return ids or all(isinstance(item, (Message, Mapping)) for item in given)
+
+
+def _merge(generation_config: Any, params: Mapping[str, Value], declared: Mapping[str, Param]) -> dict[str, Value]:
+    """A ``GenerationConfig`` and the parameters given beside it, which count more."""
+    return {**(validate(declared, generation_config) if generation_config is not None else {}), **params}
+
+
+def _per_prompt(
+    params: Mapping[str, Value], declared: Mapping[str, Param], count: int, single: bool
+) -> list[dict[str, Value]]:
+    """The parameters of each prompt: a list stands for one value a prompt where the parameter itself is no list."""
+    rows: list[dict[str, Value]] = [{} for _ in range(count)]
+    for name, value in params.items():
+        kind = declared[name].type if name in declared else object
+        if hasattr(value, "tolist"):
+            value = value.tolist()
+        listed = isinstance(value, (list, tuple))
+        if listed and kind is tuple:
+            listed = any(isinstance(item, (list, tuple)) for item in value)
+        if listed and name in declared and (single or len(value) != count):
+            raise ParameterError(
+                f"{name} has {len(value)} values for {count} prompt{'s' if count > 1 else ''}: give one value, or one "
+                "for each prompt of a list"
+            )
+        for row, item in zip(rows, value if listed and name in declared else [value] * count, strict=True):
+            row[name] = item
+    return rows
+
+
+def _serve(engine: Any, requests: Iterator[Request], batch_size: int, ordered: bool) -> Iterator[Completion]:
+    """Keeps the engine fed, and the undelivered results few."""
+    order: deque[str] = deque()  # what was taken and not delivered, in the order given
+    done: dict[str, Completion] = {}
+    exhausted, refused = False, 0
+    while True:
+        while not exhausted and len(order) < 4 * batch_size and len(order) - len(done) < 2 * batch_size:
+            request = next(requests, None)
+            if request is None:
+                exhausted = True
+                break
+            try:
+                if request.id in order:
+                    raise ParameterError(f"a request with the id {request.id!r} is being served: choose another id")
+                order.append(engine.add(request))
+            except LlamaInferError as error:
+                refused += 1
+                order.append(f"\0refused {refused}")
+                done[order[-1]] = Completion(request, finish_reason="error", error=error)
+        if engine.busy and len(done) < len(order):
+            for event in engine.step():
+                if isinstance(event, Completion):
+                    done[event.request.id] = event
+        while done and order and (order[0] in done or not ordered):
+            key = order[0] if ordered else next(iter(done))
+            order.remove(key)
+            yield done.pop(key)
+        if exhausted and not order:
+            return

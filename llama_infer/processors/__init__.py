@@ -1,0 +1,1 @@
+"""Logits processors: what changes the scores before a token is chosen."""

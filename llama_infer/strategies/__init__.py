@@ -1,0 +1,1 @@
+"""Strategies: what turns logits into the next plan."""
