@@ -40,6 +40,7 @@ def load(pipeline: Pipeline) -> Shared:
     model = pipeline.model
     if isinstance(model, LoadedModel):
         return _share(("object", id(model)), lambda: model)
+    key: tuple[Any, ...]
     if not isinstance(model, (str, os.PathLike)):
         key = ("model", id(model), id(pipeline.tokenizer), pipeline.attention)
         return _share(key, lambda: _from_model(pipeline))
@@ -145,7 +146,7 @@ def _from_model(pipeline: Pipeline) -> LoadedModel:
         raise UnsupportedError(f"{', '.join(given)}: set on a model that is loaded already; load it that way yourself")
     if not hasattr(pipeline.model, "forward") or not hasattr(pipeline.model, "config"):
         raise UnsupportedError(
-            f"model is a {type(pipeline.model).__name__}; give a name, a folder, or a transformers causal language model"
+            f"model is a {type(pipeline.model).__name__}; give a name, a folder, or a transformers causal model"
         )
     return describe(pipeline.model, pipeline.tokenizer, pipeline.attention)
 
@@ -154,10 +155,5 @@ def _fingerprint(name: Any) -> Any:
     """What tells a local folder from what it was before: its files' names, sizes and times."""
     if not isinstance(name, str) or not Path(name).is_dir():
         return name
-    return name, tuple(
-        sorted(
-            (entry.name, entry.stat().st_size, entry.stat().st_mtime_ns)
-            for entry in os.scandir(name)
-            if entry.is_file()
-        )
-    )
+    files = [(entry.name, entry.stat()) for entry in os.scandir(name) if entry.is_file()]
+    return name, tuple(sorted((file, stat.st_size, stat.st_mtime_ns) for file, stat in files))

@@ -33,7 +33,10 @@ class Chat:
         return (*([Message("system", self.system)] if self.system else []), *self._turns)
 
     def __call__(self, text: str, **params: Value) -> Completion:
-        """The model's answer to the next turn. Raises as :class:`~llama_infer.Pipeline` does; the turn is forgotten then."""
+        """The model's answer to the next turn.
+
+        Raises as a pipeline does, and when decoding fails; the turn is forgotten then.
+        """
         completion: Completion = self.pipeline(self._with(text), **params)
         if completion.error is not None:
             raise completion.error

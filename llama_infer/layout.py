@@ -101,7 +101,8 @@ class Layout:
 
     def _mask(self, spans: Sequence[Span], window: int | None) -> Tensor | None:
         width = max(span.end for span in spans)
-        unbounded = window is None or window >= width
+        window = width if window is None else window
+        unbounded = window >= width
         if unbounded and (all(s.new == 1 and s.end == width for s in spans) or (len(spans) == 1 and not spans[0].old)):
             return None
         at = torch.stack([torch.arange(s.old, s.end) for s in spans]).to(self.device)[:, None, :, None]

@@ -1,7 +1,7 @@
 """Counter-based noise: a random number is a pure function of (seed, branch, position, stream, index).
 
-Nothing is drawn in sequence, so a row's numbers are the same alone or in company, in any batch order, on any device, and
-a run can be taken up again in its middle. The generator is SplitMix64 (Steele, Lea, Flood 2014), written in int64
+Nothing is drawn in sequence, so a row's numbers are the same alone or in company, in any batch order, on any device,
+and a run can be taken up again in its middle. The generator is SplitMix64 (Steele, Lea, Flood 2014), written in int64
 tensors: torch's int64 wraps as uint64 does, its ``>>`` is arithmetic, hence the masks.
 """
 

@@ -1,4 +1,4 @@
-"""Which parameters exist, what they may be, and whose value counts: call > pipeline > checkpoint > the part's default."""
+"""Which parameters exist, what they may be, and whose value counts: call > pipeline > checkpoint > default."""
 
 from __future__ import annotations
 

@@ -177,6 +177,10 @@ class SequenceView(Protocol):
     def params(self) -> Mapping[str, Value]:
         """Every parameter's effective value."""
 
+    @property
+    def branch(self) -> int:
+        """Which of its request's samples this is."""
+
 
 class StoppingCriterion(Protocol):
     """Asked on the host after every single token. A plain function of a sequence qualifies; True means stop."""
@@ -192,7 +196,7 @@ class Strategy(Protocol):
         """How many rows a request may hold at once."""
 
     def step(self, output: Output, batch: Batch, chain: Chain) -> Plan:
-        """One step for every row of logits. ``batch`` is the whole table; ``batch.at(output)`` aligns with the logits."""
+        """One step for every row of logits. ``batch`` is the table; ``batch.at(output)`` aligns with the logits."""
 
     def rank(self, sequences: Sequence[SequenceView]) -> Sequence[SequenceView]:
         """A request's finished sequences, best first."""

@@ -208,7 +208,8 @@ class Pipeline:
         name = self.model if isinstance(self.model, (str, os.PathLike)) else type(self.model).__name__
         return (
             f"Pipeline({str(name)!r}, {self.loaded.model.dtype} on {self.loaded.device}, chain: {chain}, "
-            f"stopping: {stops}, strategy: {part_name(self._assembly.strategy)}, batch_size={self._assembly.batch_size})"
+            f"stopping: {stops}, strategy: {part_name(self._assembly.strategy)}, "
+            f"batch_size={self._assembly.batch_size})"
         )
 
     def _requests(

@@ -6,7 +6,7 @@ and are written in place. They are made of zeros: what a mask hides must still b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +35,8 @@ class SlotCache:
     def bind(self, model: PreTrainedModel) -> SlotCache:
         """A new empty cache for the model."""
         cache = SlotCache()
-        cache._layers = [SlotLayer() for _ in range(model.config.get_text_config().num_hidden_layers)]
+        make: Callable[[], SlotLayer] = SlotLayer
+        cache._layers = [make() for _ in range(model.config.get_text_config().num_hidden_layers)]
         cache.past = DynamicCache()
         cache.past.layers, cache.past.layer_class_to_replicate = list(cache._layers), None
         return cache
@@ -76,7 +77,7 @@ class SlotCache:
 
 
 class SlotLayer(DynamicLayer):
-    """One layer's keys and values, [slots, kv heads, capacity, head_dim], of which ``keys`` and ``values`` are views."""
+    """One layer's buffers [slots, kv heads, capacity, head_dim]; ``keys`` and ``values`` are views of them."""
 
     layout: Layout
 

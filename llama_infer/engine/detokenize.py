@@ -1,7 +1,7 @@
 """Token ids to text, one token at a time, never cutting a character.
 
-Byte-level vocabularies (Llama 3) map each token to bytes, which an incremental UTF-8 decoder joins. Others are decoded by
-the tokenizer in a short window that moves on whenever its text ends in a whole character.
+Byte-level vocabularies (Llama 3) map each token to bytes, which an incremental UTF-8 decoder joins. Others are decoded
+by the tokenizer in a short window that moves on whenever its text ends in a whole character.
 """
 
 from __future__ import annotations

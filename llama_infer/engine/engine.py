@@ -161,7 +161,8 @@ class LocalEngine:
         limit = self._a.loaded.context_length
         if len(prompt) + (params["max_new_tokens"] != 0) > limit:
             raise PromptTooLongError(
-                f"the prompt has {len(prompt)} tokens; the model's context holds {limit}, the answer included: shorten it"
+                f"the prompt has {len(prompt)} tokens; the model's context holds {limit}, the answer included: "
+                "shorten it"
             )
 
     def _admit(self) -> None:

@@ -7,7 +7,7 @@ call on the same model transformers' own function of that kernel runs with the m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..layout import Layout, Piece
+from ..layout import Layout, Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,34 +82,36 @@ def _packed_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """query [1, heads, N, d], key and value [rows, kv heads, width, d] of the cache -> [1, N, heads, d]."""
     if layout is None:
-        return _transformers_attention(kernel, module)(
-            module, query, key, value, attention_mask,
-            scaling=scaling, dropout=dropout, sliding_window=sliding_window, **kwargs,
-        )  # fmt: skip
+        theirs = _transformers_attention(kernel, module)
+        options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, **kwargs}
+        result: tuple[Tensor, Tensor | None] = theirs(module, query, key, value, attention_mask, **options)
+        return result
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{type(module).__name__} uses {name}: run it with cache='plain'")
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
     for piece in layout.pieces:
         spans = layout.spans[piece.first : piece.last]
-        stop = piece.start + sum(span.new for span in spans)
-        width = max(span.end for span in spans)
-        rows = slice(piece.first, piece.last)
-        k, v = key[rows, :, :width], value[rows, :, :width]
-        q = query[0, :, piece.start : stop]
+        tokens = slice(piece.start, piece.start + sum(span.new for span in spans))
+        rows, width = slice(piece.first, piece.last), max(span.end for span in spans)
+        q, k, v = query[0, :, tokens], key[rows, :, :width], value[rows, :, :width]
         if kernel == "flash_attention_2":
-            out[piece.start : stop] = _flash(module, q, k, v, layout, piece, scaling, sliding_window)
-            continue
-        attend = _sdpa if kernel == "sdpa" else _eager
-        mask = layout.mask(piece, sliding_window)
-        group = q.shape[0] // k.shape[1]
-        if all(span.new == 1 for span in spans):  # the heads of a group as so many queries of their shared KV head
-            packed = q.transpose(0, 1).unflatten(1, (-1, group))
-            out[piece.start : stop] = attend(packed, k, v, mask, False, scaling).flatten(1, 2)
+            out[tokens] = _flash(module, q, k, v, spans, scaling, sliding_window)
         else:
-            k, v = (t.repeat_interleave(group, 1) for t in (k, v))
-            out[piece.start : stop] = attend(q[None], k, v, mask, mask is None, scaling)[0].transpose(0, 1)
+            attend = _sdpa if kernel == "sdpa" else _eager
+            out[tokens] = _attend(attend, q, k, v, layout.mask(piece, sliding_window), scaling)
     return out[None], None
+
+
+def _attend(attend: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """q [heads, n, d]; k, v [rows, kv heads, width, d] -> [n, heads, d]."""
+    group = q.shape[0] // k.shape[1]
+    if q.shape[1] == k.shape[0]:
+        # A token a row: the heads of a group are so many queries of the KV head that they share, nothing is copied.
+        packed = q.transpose(0, 1).unflatten(1, (-1, group))
+        return attend(packed, k, v, mask, False, scaling).flatten(1, 2)
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    return attend(q[None], k, v, mask, mask is None, scaling)[0].transpose(0, 1)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float | None) -> Tensor:
@@ -132,15 +134,14 @@ def _flash(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout: Layout,
-    piece: Piece,
+    spans: Sequence[Span],
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
     """Row by row through transformers' own flash attention, which is causal from the end of the keys."""
     attend = _transformers_attention("flash_attention_2", module)
     outs, start = [], 0
-    for row, span in enumerate(layout.spans[piece.first : piece.last]):
+    for row, span in enumerate(spans):
         keys, values = (t[row : row + 1, :, : span.end] for t in (k, v))
         queries = q[None, :, start : start + span.new]
         outs.append(attend(module, queries, keys, values, None, scaling=scaling, sliding_window=window)[0][0])

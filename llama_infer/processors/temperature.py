@@ -39,7 +39,7 @@ class Temperature:
         """[R, V] -> [R, V]."""
         temperature = batch["temperature"].to(logits.dtype)
         divisor = temperature.masked_fill(temperature == 0, 1.0).clamp(min=_SMALLEST)[:, None]
-        if min(batch.values.get("temperature", {0.0})) < _SHIFT_BELOW:
+        if any(isinstance(v, float) and v < _SHIFT_BELOW for v in batch.values.get("temperature", {0.0})):
             # Changes no probability and keeps the quotients finite: a shifted row's maximum is 0.
             shift = logits.amax(-1, keepdim=True)
             logits = logits - shift.where(((divisor < _SHIFT_BELOW) & shift.isfinite()), shift.new_zeros(()))
