@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .batch import Batch, Column
+from .candidates import Candidates
 from .errors import PartError
-from .parts import Context, LogitsProcessor, Sampler
+from .parts import Context, LogitsProcessor, Sampler, Trait
 
 NOTHING = -1
 """No token for this row in this step."""
@@ -20,6 +21,8 @@ NON_FINITE = -3
 """The row has no token: the chosen one's score is NaN or +inf."""
 OUT_OF_RANGE = -4
 """The row has no token: the sampler chose an id that the vocabulary does not have."""
+_GUESS = 256
+"""Candidates to look at when nobody knows how many will be left."""
 
 
 class Choice(NamedTuple):
@@ -33,12 +36,15 @@ class Chain:
     """Processors in their order, then a sampler.
 
     A processor is skipped while all of its parameters that have a neutral value have it in every row. The raw logits
-    are never written to: a part that is not declared ``pure`` gets a copy of them.
+    are never written to: a part that is not declared "pure" gets a copy of them. Where the end of the chain can be
+    computed on a window of the likeliest tokens, it is (see :mod:`~llama_infer.candidates`); ``windows=False`` turns
+    that off, which changes no choice.
     """
 
-    def __init__(self, processors: Sequence[LogitsProcessor], sampler: Sampler) -> None:
+    def __init__(self, processors: Sequence[LogitsProcessor], sampler: Sampler, windows: bool = True) -> None:
         self.processors = tuple(processors)
         self.sampler = sampler
+        self.windows = windows
 
     @property
     def parts(self) -> tuple[Any, ...]:
@@ -48,7 +54,7 @@ class Chain:
     def bind(self, context: Context) -> Chain:
         """The chain for a loaded model."""
         bound = [part.bind(context) if hasattr(part, "bind") else part for part in self.parts]
-        return Chain(bound[:-1], bound[-1])
+        return Chain(bound[:-1], bound[-1], self.windows)
 
     def state(self, batch: Batch) -> dict[str, Column]:
         """The state columns of newly admitted rows."""
@@ -60,20 +66,49 @@ class Chain:
 
     def scores(self, logits: Tensor, batch: Batch) -> Tensor:
         """The processed logits, float32 (float64 stays) [R, V]; the given ones are left as they are."""
-        scores = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-        for part in self.processors:
-            if _is_neutral(part, batch):
-                continue
-            given = scores.clone() if scores is logits and not getattr(part, "pure", False) else scores
-            scores = part(given, batch)
-            _check_like(part, scores, given)
-        return scores
+        return _apply([part for part in self.processors if not _is_neutral(part, batch)], logits, batch)
 
     def __call__(self, logits: Tensor, batch: Batch) -> Choice:
         """Chooses a token in each row from raw logits [R, V]."""
-        scores = self.scores(logits, batch)
-        pure = scores is not logits or getattr(self.sampler, "pure", False)
-        tokens = self.sampler(scores if pure else scores.clone(), batch)
+        active = self._active(batch)
+        accepting = [part for part in (*active, self.sampler) if hasattr(part, "accept")]
+        if self.windows and not accepting:
+            head, tail = _split(active)
+            if tail and hasattr(self.sampler, "choose"):
+                return Choice(self._choose(_apply(head, logits, batch), batch, tail), {})
+        scores = _apply(active, logits, batch)
+        tokens = self._sample(scores if scores is not logits else self._guarded(scores), batch)
+        columns: dict[str, Column] = {}
+        for part in accepting:
+            columns.update(part.accept(scores, tokens, batch))
+        return Choice(_code_failures(tokens, scores), columns)
+
+    def _active(self, batch: Batch) -> list[LogitsProcessor]:
+        """The processors that can change a choice: not neutral, and not idle because every row is greedy."""
+        greedy = "greedy_at_zero" in traits(self.sampler) and batch.all_equal("temperature", 0.0)
+        idle = {"keeps_argmax"} if greedy else set()
+        return [part for part in self.processors if not _is_neutral(part, batch) and not idle & traits(part)]
+
+    def _choose(self, logits: Tensor, batch: Batch, tail: Sequence[Any]) -> Tensor:
+        """The rest of the chain on a window; rows whose candidates it does not hold are done in full."""
+        candidates = Candidates.of(logits, _window(tail, batch, logits.shape[1]))
+        for part in tail:
+            candidates = part.narrow(candidates, batch)
+        index: Tensor = self.sampler.choose(candidates, batch)[:, None]  # type: ignore[attr-defined]
+        coded = _code(candidates.ids.gather(1, index)[:, 0], candidates.values.gather(1, index)[:, 0])
+        known = (candidates.fits & candidates.complete)[:, 0]
+        if bool(known.all()):
+            return coded
+        rows = (~known).nonzero()[:, 0]
+        some = batch.select(rows)
+        scores = _apply(tail, logits[rows], some)
+        return coded.scatter(0, rows, _code_failures(self._sample(scores, some), scores))
+
+    def _guarded(self, logits: Tensor) -> Tensor:
+        return logits if "pure" in traits(self.sampler) else logits.clone()
+
+    def _sample(self, scores: Tensor, batch: Batch) -> Tensor:
+        tokens = self.sampler(scores, batch)
         if not isinstance(tokens, Tensor) or tokens.shape != batch.length.shape or tokens.dtype != torch.int64:
             raise PartError(
                 f"sampler {part_name(self.sampler)} returned {_describe(tokens)}; "
@@ -83,17 +118,43 @@ class Chain:
             raise PartError(
                 f"sampler {part_name(self.sampler)} returned a tensor on {tokens.device}; expected {scores.device}"
             )
-        columns: dict[str, Column] = {}
-        for part in self.parts:
-            if hasattr(part, "accept"):
-                columns.update(part.accept(scores, tokens, batch))
-        return Choice(_code_failures(tokens, scores), columns)
+        return tokens
+
+
+def traits(part: Any) -> frozenset[Trait]:
+    """What a part promises."""
+    return getattr(part, "traits", frozenset())
 
 
 def part_name(part: Any) -> str:
     """How messages and ``repr`` call a part."""
     name = getattr(part, "name", None) or getattr(part, "__name__", None)
     return name if isinstance(name, str) else type(part).__name__
+
+
+def _apply(parts: Sequence[Any], logits: Tensor, batch: Batch) -> Tensor:
+    """The parts one after another; the given logits stay as they are."""
+    scores = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+    for part in parts:
+        given = scores.clone() if scores is logits and "pure" not in traits(part) else scores
+        scores = part(given, batch)
+        _check_like(part, scores, given)
+    return scores
+
+
+def _split(active: Sequence[LogitsProcessor]) -> tuple[Sequence[LogitsProcessor], Sequence[LogitsProcessor]]:
+    """What must see all logits, and the end that can be computed on candidates; no end unless something truncates."""
+    start = len(active)
+    while start and hasattr(active[start - 1], "narrow"):
+        start -= 1
+    truncating = any(getattr(part, "truncates", True) for part in active[start:])
+    return (active[:start], active[start:]) if truncating else (active, ())
+
+
+def _window(tail: Sequence[Any], batch: Batch, vocab_size: int) -> int:
+    """How many candidates to look at: what the parts know to be enough, else a guess."""
+    known = [part.window(batch) for part in tail if hasattr(part, "window")]
+    return min(min((count for count in known if count), default=_GUESS), vocab_size)
 
 
 def _is_neutral(part: Any, batch: Batch) -> bool:
@@ -112,10 +173,12 @@ def _code_failures(tokens: Tensor, scores: Tensor) -> Tensor:
     """The tokens, or a code where there is none. One look at the chosen scores tells all: argmax prefers NaN and +inf
     to anything else, and -inf to nothing."""
     valid = tokens.clamp(0, scores.shape[1] - 1)
-    chosen = scores.gather(1, valid[:, None])[:, 0]
+    return torch.where(valid != tokens, OUT_OF_RANGE, _code(tokens, scores.gather(1, valid[:, None])[:, 0]))
+
+
+def _code(tokens: Tensor, chosen: Tensor) -> Tensor:
     coded = torch.where(chosen == -torch.inf, EXCLUDED, tokens)
-    coded = torch.where(chosen.isnan() | (chosen == torch.inf), NON_FINITE, coded)
-    return torch.where(valid != tokens, OUT_OF_RANGE, coded)
+    return torch.where(chosen.isnan() | (chosen == torch.inf), NON_FINITE, coded)
 
 
 def _check_like(part: Any, returned: Any, given: Tensor) -> None:

@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from .batch import Batch, Column, Output, Plan
     from .chain import Chain
 
+Trait: TypeAlias = Literal["pure", "keeps_argmax", "row_independent", "stateful", "greedy_at_zero"]
+"""What a part promises, in its attribute ``traits`` (a frozenset); nothing is assumed of a part that promises nothing.
+
+pure: never writes into the logits that it is given (others get a copy of the raw ones).
+keeps_argmax: the likeliest token of a row stays the likeliest; skipped where every row is greedy.
+row_independent: a row's result depends on nothing but that row.
+stateful: keeps state columns.
+greedy_at_zero: a sampler that takes the likeliest token where ``temperature`` is 0.
+"""
+
 Kind: TypeAlias = Literal[
     "processor", "sampler", "stopping", "strategy", "cache", "loader", "quantization", "formatter", "backend"
 ]
@@ -113,6 +123,7 @@ class Part(Protocol):
     """Hooks that any part may have; none is required."""
 
     params: Mapping[str, Param]
+    traits: frozenset[Trait]
 
     def bind(self, context: Context) -> Part:
         """The part for this model (called once, at load)."""
@@ -128,7 +139,12 @@ class Part(Protocol):
 
 
 class LogitsProcessor(Protocol):
-    """Changes scores before the choice. A plain function qualifies. It may write into the tensor that it is given."""
+    """Changes scores before the choice. A plain function qualifies. It may write into the tensor that it is given.
+
+    A truncation may have ``narrow(candidates, batch) -> Candidates`` too: the same on the likeliest tokens only (see
+    :mod:`llama_infer.candidates`), and a sampler ``choose(candidates, batch) -> int64 [R]``,
+    the place of its choice among them.
+    """
 
     def __call__(self, logits: Tensor, batch: Batch, /) -> Tensor:
         """float [R, V] -> float [R, V]."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import ParameterError
-from ..parts import Context, Param
+from ..parts import Context, Param, Trait
 from ..types import Value
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class LogitBias:
             help="added to the logits of these token ids",
         )
     }
-    pure = True
+    traits: frozenset[Trait] = frozenset({"pure", "row_independent"})
 
     def __init__(self) -> None:
         self._vocab_size: int | None = None
@@ -85,7 +85,7 @@ class MinNewTokens:
             help="no end token before that many tokens",
         )
     }
-    pure = True
+    traits: frozenset[Trait] = frozenset({"pure", "row_independent"})
 
     def __init__(self, end_token_ids: Sequence[int] = ()) -> None:
         self.end_token_ids = tuple(end_token_ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ..parts import Param
+from ..parts import Param, Trait
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ class RepetitionPenalty:
             help="above 1 discourages tokens of the prompt and the answer",
         )
     }
-    pure = True
+    traits: frozenset[Trait] = frozenset({"pure", "row_independent"})
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> [R, V]."""
@@ -62,7 +62,7 @@ class PresencePenalty:
             help="subtracted from the logits of tokens in the answer",
         )
     }
-    pure = True
+    traits: frozenset[Trait] = frozenset({"pure", "row_independent"})
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> [R, V]."""
@@ -86,7 +86,7 @@ class FrequencyPenalty:
             help="subtracted for each occurrence in the answer",
         )
     }
-    pure = True
+    traits: frozenset[Trait] = frozenset({"pure", "row_independent"})
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> [R, V]."""

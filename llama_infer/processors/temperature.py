@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING
 
-from ..parts import Param
+from ..parts import Param, Trait
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..batch import Batch
+    from ..candidates import Candidates
 
 TEMPERATURE = Param(
     default=1.0,
@@ -33,14 +36,29 @@ class Temperature:
 
     name = "temperature"
     params = {"temperature": TEMPERATURE}
-    pure = True
+    traits: frozenset[Trait] = frozenset({"pure", "keeps_argmax", "row_independent"})
+    truncates = False
+
+    def narrow(self, candidates: Candidates, batch: Batch) -> Candidates:
+        """The same on candidates."""
+        divisor = _divisor(candidates.values, batch)
+        values = _shifted(candidates.values, candidates.values[:, :1], divisor, batch) / divisor
+        return replace(candidates, values=values, everything=cache(lambda: self(candidates.everything(), batch)))
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> [R, V]."""
-        temperature = batch["temperature"].to(logits.dtype)
-        divisor = temperature.masked_fill(temperature == 0, 1.0).clamp(min=_SMALLEST)[:, None]
-        if any(isinstance(v, float) and v < _SHIFT_BELOW for v in batch.values.get("temperature", {0.0})):
-            # Changes no probability and keeps the quotients finite: a shifted row's maximum is 0.
-            shift = logits.amax(-1, keepdim=True)
-            logits = logits - shift.where(((divisor < _SHIFT_BELOW) & shift.isfinite()), shift.new_zeros(()))
-        return logits / divisor
+        divisor = _divisor(logits, batch)
+        return _shifted(logits, None, divisor, batch) / divisor
+
+
+def _divisor(logits: Tensor, batch: Batch) -> Tensor:
+    temperature = batch["temperature"].to(logits.dtype)
+    return temperature.masked_fill(temperature == 0, 1.0).clamp(min=_SMALLEST)[:, None]
+
+
+def _shifted(logits: Tensor, largest: Tensor | None, divisor: Tensor, batch: Batch) -> Tensor:
+    """With a row's maximum at 0 where the temperature is tiny: no probability changes and quotients stay finite."""
+    if not any(isinstance(v, float) and v < _SHIFT_BELOW for v in batch.values.get("temperature", {0.0})):
+        return logits
+    shift = logits.amax(-1, keepdim=True) if largest is None else largest
+    return logits - shift.where((divisor < _SHIFT_BELOW) & shift.isfinite(), shift.new_zeros(()))

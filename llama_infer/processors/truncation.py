@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ..parts import Param
+from ..parts import Param, Trait
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..batch import Batch
+    from ..candidates import Candidates
 
+TRUNCATION: frozenset[Trait] = frozenset({"pure", "keeps_argmax", "row_independent"})
 _WINDOW = 1024
 """How many of the likeliest tokens :class:`TopP` looks at before it falls back to all of them."""
 
@@ -25,20 +27,42 @@ class TopK:
             default=0, neutral=0, check=lambda v: v >= 0, range="top_k >= 0", help="keep the k likeliest; 0 keeps all"
         )
     }
-    pure = True
+    traits = TRUNCATION
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> [R, V]."""
-        vocab_size = logits.shape[1]
-        top_k = batch["top_k"]
-        known = batch.values.get("top_k") or frozenset(top_k.tolist())
-        largest = max((k for k in known if isinstance(k, int) and 0 < k < vocab_size), default=0)
+        largest = _largest_k(batch, logits.shape[1])
         if not largest:
-            return logits
-        best = logits.topk(largest).values
-        last = best.gather(1, (top_k - 1).clamp(0, largest - 1)[:, None])
-        restricted = ((top_k > 0) & (top_k < vocab_size))[:, None]
+            return logits  # every row keeps all
+        from ..candidates import likeliest
+
+        best = likeliest(logits, largest)[0]
+        last, restricted = self._last(best, batch)
         return logits.masked_fill(restricted & (logits < last), -math.inf)
+
+    def window(self, batch: Batch) -> int:
+        """Room for every row's k and as many ties; 0 when some row keeps all."""
+        known = batch.values.get("top_k", frozenset({0}))
+        return 0 if 0 in known else 2 * max(k for k in known if isinstance(k, int))
+
+    def narrow(self, candidates: Candidates, batch: Batch) -> Candidates:
+        """The same on candidates; ties of the last one must end inside the window."""
+        values = candidates.values
+        last, restricted = self._last(values, batch)
+        inside = (batch["top_k"] <= values.shape[1])[:, None] & (values[:, -1:] < last)
+        fitting = candidates.need(inside | ~restricted)
+        return fitting.keep((values >= last) | ~restricted, restricted & inside)
+
+    def _last(self, best: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The smallest logit that stays [R, 1], and in which rows there is one, bool [R, 1]."""
+        top_k = batch["top_k"]
+        last = best.gather(1, (top_k - 1).clamp(0, best.shape[1] - 1)[:, None])
+        return last, (top_k > 0)[:, None]
+
+
+def _largest_k(batch: Batch, vocab_size: int) -> int:
+    known = batch.values.get("top_k") or frozenset(batch["top_k"].tolist())
+    return min(max((k for k in known if isinstance(k, int)), default=0), vocab_size)
 
 
 class TopP:
@@ -58,25 +82,32 @@ class TopP:
             help="keep the likeliest tokens up to this probability",
         )
     }
-    pure = True
+    traits = TRUNCATION
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> [R, V]."""
-        top_p = batch["top_p"].to(logits.dtype)[:, None]
-        total = logits.logsumexp(-1, keepdim=True)
-        last, found = _last_kept(logits.topk(min(_WINDOW, logits.shape[1])).values, total, top_p)
-        if logits.shape[1] > _WINDOW and not bool(found.all()):
-            last = last.where(found, _last_kept(logits.sort(-1, descending=True).values, total, top_p)[0])
-        return logits.masked_fill((top_p < 1) & (logits < last), -math.inf)
+        from ..candidates import Candidates
 
+        for count in (_WINDOW, logits.shape[1]):
+            candidates = self.narrow(Candidates.of(logits, count), batch)
+            if bool(candidates.fits.all()):
+                break
+        last = candidates.values.masked_fill(candidates.values == -math.inf, math.inf).amin(-1, keepdim=True)
+        return logits.masked_fill((batch["top_p"] < 1)[:, None] & (logits < last), -math.inf)
 
-def _last_kept(best: Tensor, total: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest logit that stays [R, 1], and whether ``best`` (descending [R, K]) reaches as far as it [R, 1]."""
-    probabilities = (best - total).exp()
-    cumulative = probabilities.cumsum(-1)
-    kept = (cumulative - probabilities < top_p).sum(-1, keepdim=True).clamp(min=1)
-    found = (cumulative[:, -1:] >= top_p) | (best[:, -1:] == -math.inf) | (top_p >= 1)
-    return best.gather(1, kept - 1), found
+    def narrow(self, candidates: Candidates, batch: Batch) -> Candidates:
+        """The same on candidates."""
+        top_p = batch["top_p"].to(candidates.values.dtype)[:, None]
+        weights = (candidates.values - candidates.values[:, :1]).exp()
+        cumulative = weights.cumsum(-1)
+        share = top_p * candidates.total()
+        kept = (cumulative - weights < share).sum(-1, keepdim=True).clamp(min=1)
+        last = candidates.values.gather(1, kept - 1)
+        # The window reaches far enough when something in it goes: then everything behind it goes too.
+        inside = candidates.values[:, -1:] < last
+        everything = top_p >= 1
+        fitting = candidates.need(inside | everything)
+        return fitting.keep((candidates.values >= last) | everything, inside & ~everything)
 
 
 class MinP:
@@ -92,9 +123,17 @@ class MinP:
             help="drop tokens less likely than this share of the likeliest",
         )
     }
-    pure = True
+    traits = TRUNCATION
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> [R, V]."""
-        limit = logits.amax(-1, keepdim=True) + batch["min_p"].to(logits.dtype).log()[:, None]
-        return logits.masked_fill(logits < limit, -math.inf)
+        return logits.masked_fill(logits < self._limit(logits.amax(-1, keepdim=True), batch), -math.inf)
+
+    def narrow(self, candidates: Candidates, batch: Batch) -> Candidates:
+        """The same on candidates."""
+        limit = self._limit(candidates.values[:, :1], batch)
+        inside = candidates.values[:, -1:] < limit
+        return candidates.need(inside | (limit == -math.inf)).keep(candidates.values >= limit, inside)
+
+    def _limit(self, largest: Tensor, batch: Batch) -> Tensor:
+        return largest + batch["min_p"].to(largest.dtype).log()[:, None]

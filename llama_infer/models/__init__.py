@@ -1,0 +1,1 @@
+"""Everything about checkpoints: checks before loading, the loader, devices, quantization."""

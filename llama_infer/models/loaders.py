@@ -1,0 +1,333 @@
+"""The loader: a folder, a hub id or the built-in demo in, a model that is ready to run out.
+
+Everything is first brought into one folder, then checked without loading (``checks.py``), and only then handed to
+transformers, which reads safetensors only and never runs code of a checkpoint unless that was asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LlamaInferError, LoadingError, MissingDependencyError, ParameterError, UnsupportedError, suggest
+from ..parts import LoadedModel, Source
+from ..registry import resolve
+from ..types import Value
+from .checks import (
+    Checkpoint,
+    check_checkpoint,
+    check_config,
+    check_tokenizer_config,
+    check_vocabulary,
+    has_tokenizer,
+    read_json,
+)
+from .devices import default_dtype, dtype_name, pick_device
+from .quantization import plain_layouts, prepare_bitsandbytes
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEMO = Path(__file__).resolve().parent.parent / "demo"
+"""The folder that ``model="demo"`` stands for."""
+
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+END_TOKENS = ("<|eot_id|>", "<|end_of_text|>")
+UNBOUNDED = 1 << 30
+"""The context length of a model that declares none."""
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+class AutoLoader:
+    """``"auto"``: any causal language model that transformers knows, from safetensors."""
+
+    def __call__(self, source: Source) -> LoadedModel:
+        """Load a checkpoint, its tokenizer and its generation config.
+
+        The model comes in eval mode without gradients. ``dtype`` None is :func:`~.devices.default_dtype` of the device;
+        a float16 checkpoint on the CPU becomes bfloat16 unless float16 is named. ``device`` None picks cuda, mps, cpu
+        in that order. A folder without tokenizer gives ``tokenizer=None``: only token ids can be prompts then.
+
+        Raises LoadingError (UnsafeCheckpointError when code would have to run), ParameterError, UnsupportedError or
+        MissingDependencyError; all of them before the weights are read, where that is possible.
+        """
+        if source.device is not None and source.device_map is not None:
+            raise UnsupportedError("device and device_map were both given: device_map places every part, leave device")
+        name = dtype_name(source.dtype) if source.dtype is not None else None
+        trust = bool(source.trust_remote_code)
+        checkpoint = check_checkpoint(locate(source.model, source.revision, trust), trust)
+        if source.quantization is not None and checkpoint.quantization:
+            raise UnsupportedError(
+                f"{checkpoint.folder} is already quantised ({checkpoint.quantization}): leave out "
+                f"quantization={source.quantization!r}"
+            )
+        device = pick_device(source.device)
+        dtype, notes = _pick_dtype(name, checkpoint, device)
+        attention = _pick_attention(source.attention, device, dtype)
+        generation = read_generation(checkpoint.folder)
+        tokenizer = _load_tokenizer(source, checkpoint)
+        model = _load_model(source, checkpoint, dtype, attention, device)
+        return LoadedModel(
+            model=model,
+            tokenizer=tokenizer,
+            generation={name: value for name, value in generation.items() if name in _known_fields()},
+            end_token_ids=end_token_ids(generation, model.config, tokenizer),
+            context_length=context_length(model.config),
+            device=_entry_device(model),
+            attention=model.config._attn_implementation,
+            source=source,
+            notes=notes,
+        )
+
+
+def locate(model: str, revision: str | None = None, trust_remote_code: bool = False, weights: bool = True) -> Path:
+    """The folder of a checkpoint: "demo", a path, or a hub id, which is downloaded into the hub's cache.
+
+    ``weights=False`` leaves the weights (for a tokenizer). Raises LoadingError, in one line, for what is not there.
+    """
+    if model == "demo":
+        return DEMO
+    path = os.path.expanduser(model)
+    if os.path.isdir(path):  # unlike Path.is_dir it says no to names that no file can have
+        if revision is not None:
+            raise UnsupportedError(f"revision={revision!r} belongs to a hub id, and {model!r} is a folder")
+        return Path(path)
+    if os.path.isfile(path):
+        raise LoadingError(f"{model!r} is a file: give the folder of a transformers checkpoint that holds it")
+    if not _HUB_ID.match(model):
+        raise LoadingError(f"there is no folder {model!r}, and it is no hub id either ('org/name')")
+    texts = [*_TEXT_FILES, "*.py"] if trust_remote_code else [*_TEXT_FILES]
+    folder = _download(model, revision, texts)
+    if not weights:
+        return folder
+    check_config(folder, trust_remote_code)  # gigabytes are fetched only for what may be loaded
+    return _download(model, revision, [*texts, "*.safetensors"])
+
+
+def read_generation(folder: Path) -> dict[str, Value]:
+    """The fields that a checkpoint's generation_config.json sets; {} without that file."""
+    path = folder / "generation_config.json"
+    found = read_json(path) if path.is_file() else {}
+    return {name: value for name, value in found.items() if value is not None and not name.startswith("_")}
+
+
+def end_token_ids(
+    generation: Mapping[str, Value], config: Any, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[int, ...]:
+    """Every token that ends an answer, sorted: of the generation config (else the config), and of the tokenizer."""
+    text = config.get_text_config()
+    given = generation.get("eos_token_id", getattr(text, "eos_token_id", None))
+    ids = set(given) if isinstance(given, (list, tuple)) else {given}
+    if tokenizer is not None:
+        ids.add(tokenizer.eos_token_id)
+        special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        ids.update(special.get(token) for token in END_TOKENS)
+    size = text.vocab_size
+    return tuple(sorted(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < size))
+
+
+def context_length(config: Any) -> int:
+    """How many tokens the positions of a model cover; :data:`UNBOUNDED` when its config does not say."""
+    declared = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return declared if isinstance(declared, int) and declared > 0 else UNBOUNDED
+
+
+def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RevisionNotFoundError
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise LoadingError(
+            f"{model!r}{at} is no folder here, is not in the hub's cache, and the hub cannot be reached: check the "
+            "name, go online once, or copy the checkpoint here and give its folder"
+        ) from error
+    except GatedRepoError as error:
+        raise LoadingError(f"{model!r} is gated: accept its terms on the hub, then `hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise LoadingError(
+            f"{model!r} has no revision {revision!r} on the hub: check the name of the branch"
+        ) from error
+    except Exception as error:  # whatever else the hub or the network may answer
+        raise LoadingError(
+            f"{model!r} is no folder here, and the hub does not give it: {_first_line(error)}"
+        ) from error
+
+
+def _pick_dtype(
+    name: str | None, checkpoint: Checkpoint, device: torch.device
+) -> tuple[torch.dtype | str, tuple[str, ...]]:
+    """The dtype to load in ("auto" is left to transformers), and what the user should know of it."""
+    import torch
+
+    stored = checkpoint.dtype
+    if name in (None, "auto") and stored == "float16" and device.type == "cpu":
+        return torch.bfloat16, ("a float16 checkpoint runs in bfloat16 on the CPU; dtype='float16' keeps it",)
+    if name == "auto":
+        return (getattr(torch, stored) if stored and not checkpoint.quantization else "auto"), ()
+    chosen = name or default_dtype(device)
+    if name is None and stored in ("float32", "float64"):
+        return getattr(torch, chosen), (f"a {stored} checkpoint runs in {chosen}; dtype={stored!r} keeps it",)
+    return getattr(torch, chosen), ()
+
+
+def _pick_attention(name: str | None, device: torch.device, dtype: torch.dtype | str) -> str | None:
+    """The kernel that was asked for; None is sdpa, or eager for the few models that have no sdpa."""
+    if name is not None and name not in ATTENTIONS:
+        raise ParameterError(f"unknown attention {name!r}{suggest(name, ATTENTIONS)}. Known: {', '.join(ATTENTIONS)}")
+    if name == "flash_attention_2":
+        if device.type != "cuda":
+            raise UnsupportedError(f"attention='flash_attention_2' needs a cuda device, not {device}: use 'sdpa'")
+        if importlib.util.find_spec("flash_attn") is None:
+            raise MissingDependencyError(
+                "attention='flash_attention_2' needs the package flash-attn: "
+                "pip install flash-attn --no-build-isolation; or use attention='sdpa'"
+            )
+        if str(dtype) not in ("torch.bfloat16", "torch.float16", "auto"):
+            raise UnsupportedError(
+                f"attention='flash_attention_2' works in bfloat16 and float16, not {dtype}: use 'sdpa'"
+            )
+    return name
+
+
+def _load_tokenizer(source: Source, checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
+    folder = checkpoint.folder
+    if source.tokenizer is not None:
+        folder = locate(source.tokenizer, trust_remote_code=bool(source.trust_remote_code), weights=False)
+        check_tokenizer_config(folder, source.trust_remote_code)
+        if (folder / "config.json").is_file():  # transformers may read it to find the tokenizer's class
+            check_config(folder, source.trust_remote_code)
+    if not has_tokenizer(folder):
+        if source.tokenizer is None:
+            return None
+        raise LoadingError(f"{source.tokenizer!r} holds no tokenizer: a tokenizer.json or tokenizer.model is needed")
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=bool(source.trust_remote_code), local_files_only=True
+            )
+        ids = tokenizer.get_vocab()
+    except Exception as error:
+        raise LoadingError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+    check_vocabulary(folder, ids, checkpoint.embedding_rows)
+    return tokenizer
+
+
+def _load_model(
+    source: Source, checkpoint: Checkpoint, dtype: torch.dtype | str, attention: str | None, device: torch.device
+) -> PreTrainedModel:
+    policy = resolve("quantization", source.quantization)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    if source.device_map is not None:
+        options["device_map"] = source.device_map
+    elif device.type != "cpu" or policy is not None or checkpoint.quantization:
+        # Straight onto the device. On the CPU that is the default, except for quantisers, which take a GPU they see.
+        options["device_map"] = {"": str(device)}
+    if hasattr(policy, "options"):
+        options.update(policy.options(source))
+    if checkpoint.quantization == "bitsandbytes":
+        prepare_bitsandbytes()
+    model = _from_pretrained(checkpoint.folder, options, bool(source.trust_remote_code))
+    if checkpoint.quantization == "bitsandbytes":
+        plain_layouts(model)
+    if hasattr(policy, "convert"):
+        model = policy.convert(model)
+    return model
+
+
+def _from_pretrained(folder: Path, options: dict[str, Any], trust: bool) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    load: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        with _quiet():
+            # The config apart, because a kernel that config.json names would else win over the one asked for.
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
+            model, report = load(
+                folder,
+                config=config,
+                use_safetensors=True,
+                trust_remote_code=trust,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, in one line
+                **options,
+            )
+    except LlamaInferError:
+        raise
+    except Exception as error:
+        raise LoadingError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+    problems = [
+        f"{len(report[kind])} {words} ({', '.join(sorted(_key(key) for key in report[kind])[:3])})"
+        for kind, words in (
+            ("missing_keys", "tensors are missing"),
+            ("unexpected_keys", "tensors belong to no part of the model"),
+            ("mismatched_keys", "tensors have another shape than config.json says"),
+        )
+        if report[kind]
+    ]
+    if problems:
+        del model  # the traceback must not keep it alive
+        raise LoadingError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems)}")
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _key(found: Any) -> str:
+    return found if isinstance(found, str) else f"{found[0]}: {tuple(found[1])} for {tuple(found[2])}"
+
+
+def _entry_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go in: the device of the embedding, or of its computation when its weights are offloaded."""
+    import torch
+
+    embedding = model.get_input_embeddings()
+    device = next(embedding.parameters()).device
+    if device.type == "meta":
+        device = torch.device(getattr(getattr(embedding, "_hf_hook", None), "execution_device", "cpu"))
+    return device
+
+
+def _known_fields() -> frozenset[str]:
+    from transformers import GenerationConfig
+
+    defaults: Any = GenerationConfig
+    return frozenset(vars(defaults())) - {"transformers_version"}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its advice; a progress bar only on a terminal. What matters comes as an error of ours."""
+    logging: Any = importlib.import_module("transformers.utils.logging")
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(max(verbosity, logging.ERROR))
+    if bars and not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

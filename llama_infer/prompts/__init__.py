@@ -1,0 +1,1 @@
+"""Formatters: a text, a conversation or token ids in, token ids out."""
