@@ -28,6 +28,7 @@ class Candidates:
             ``complete`` knows of left out. Costs a pass.
         complete: bool [R, 1]; true where no token outside of the window is left.
         fits: bool [R, 1]; false where a part needed tokens outside of the window.
+        whole: the window is the vocabulary (known on the host).
     """
 
     values: Tensor
@@ -35,6 +36,7 @@ class Candidates:
     everything: Callable[[], Tensor]
     complete: Tensor
     fits: Tensor
+    whole: bool = False
 
     @staticmethod
     def of(logits: Tensor, count: int) -> Candidates:
@@ -42,7 +44,7 @@ class Candidates:
         values, ids = likeliest(logits, count)
         whole = values.shape[1] == logits.shape[1]
         complete = torch.full_like(values[:, :1], whole, dtype=torch.bool) | (values[:, -1:] == -torch.inf)
-        return Candidates(values, ids, lambda: logits, complete, torch.ones_like(complete))
+        return Candidates(values, ids, lambda: logits, complete, torch.ones_like(complete), whole)
 
     def keep(self, kept: Tensor, decided: Tensor) -> Candidates:
         """Without the tokens where ``kept`` [R, K] is false.
@@ -61,7 +63,7 @@ class Candidates:
         Over the window the sum runs from the likeliest token down, so that it does not depend on the window's size.
         """
         inside = (self.values - self.values[:, :1]).exp().cumsum(-1)[:, -1:]
-        if bool(self.complete.all()):
+        if self.whole or bool(self.complete.all()):
             return inside
         total = self.everything().logsumexp(-1, keepdim=True) - self.values[:, :1]
         return inside.where(self.complete, total.exp())

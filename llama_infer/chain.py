@@ -45,6 +45,7 @@ class Chain:
         self.processors = tuple(processors)
         self.sampler = sampler
         self.windows = windows
+        self._memo: tuple[Mapping[str, Any], list[LogitsProcessor]] | None = None
 
     @property
     def parts(self) -> tuple[Any, ...]:
@@ -72,7 +73,7 @@ class Chain:
         """Chooses a token in each row from raw logits [R, V]."""
         active = self._active(batch)
         accepting = [part for part in (*active, self.sampler) if hasattr(part, "accept")]
-        if self.windows and not accepting:
+        if self.windows and not accepting and logits.device.type == "cpu":
             head, tail = _split(active)
             if tail and hasattr(self.sampler, "choose"):
                 return Choice(self._choose(_apply(head, logits, batch), batch, tail), {})
@@ -85,9 +86,13 @@ class Chain:
 
     def _active(self, batch: Batch) -> list[LogitsProcessor]:
         """The processors that can change a choice: not neutral, and not idle because every row is greedy."""
+        if self._memo is not None and self._memo[0] is batch.values:
+            return self._memo[1]  # the same rows as in the last step
         greedy = "greedy_at_zero" in traits(self.sampler) and batch.all_equal("temperature", 0.0)
         idle = {"keeps_argmax"} if greedy else set()
-        return [part for part in self.processors if not _is_neutral(part, batch) and not idle & traits(part)]
+        active = [part for part in self.processors if not _is_neutral(part, batch) and not idle & traits(part)]
+        self._memo = (batch.values, active)
+        return active
 
     def _choose(self, logits: Tensor, batch: Batch, tail: Sequence[Any]) -> Tensor:
         """The rest of the chain on a window; rows whose candidates it does not hold are done in full."""

@@ -58,11 +58,13 @@ class Chat:
             for chunk in chunks:
                 answer += chunk.text if chunk.index == 0 else ""
                 yield chunk
-        finally:
-            close = getattr(chunks, "close", None)
-            if close is not None:
-                close()
+        except (GeneratorExit, KeyboardInterrupt):  # the listener has heard enough; after any other error we forget
             self._remember(text, answer)
+            raise
+        else:
+            self._remember(text, answer)
+        finally:
+            getattr(chunks, "close", lambda: None)()
 
     def _with(self, text: str) -> list[Message]:
         if not isinstance(text, str):

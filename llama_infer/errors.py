@@ -91,6 +91,6 @@ class EmptySupportError(GenerationError):
 
 
 def suggest(given: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'top_p'?"`` when a known name is close to the given one, else an empty string."""
+    """How a sentence ends: ``"; did you mean 'top_p'?"`` when a known name is close to the given one, else ``"."``."""
     close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}?" if close else "."

@@ -101,7 +101,7 @@ def validate(declared: Mapping[str, Param], given: Mapping[str, Value] | Any) ->
     for name in values:
         if name not in declared:
             raise UnknownParameterError(
-                f"unknown parameter {name!r}{suggest(name, declared)}. This pipeline knows: {', '.join(declared)}."
+                f"unknown parameter {name!r}{suggest(name, declared)} This pipeline knows: {', '.join(declared)}."
             )
     return {name: declared[name].validate(name, value) for name, value in values.items()}
 

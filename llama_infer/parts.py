@@ -72,7 +72,11 @@ class Param:
         value = _convert(name, value, self.type)
         if isinstance(value, float) and math.isnan(value):
             raise ParameterError(f"{name}=nan is not a number" + (f": {self.range}" if self.range else ""))
-        if self.check is not None and not self.check(value):
+        try:
+            accepted = self.check is None or self.check(value)
+        except (TypeError, ValueError):  # a check that compares numbers, and was given something else inside
+            accepted = False
+        if not accepted:
             raise ParameterError(f"{name}={value!r} is out of range: {self.range or 'see the part that declares it'}")
         return value
 

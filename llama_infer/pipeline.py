@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from . import registry
 from .errors import LlamaInferError, ParameterError, PromptError, UnknownParameterError, UnsupportedError, suggest
@@ -128,9 +128,16 @@ class Pipeline:
         """Every parameter that this pipeline knows."""
         return self._assembly.declared
 
-    def __call__(
-        self, prompts: PromptLike | Sequence[PromptLike], generation_config: Any = None, **params: Value
-    ) -> Any:
+    @overload
+    def __call__(self, prompts: str, generation_config: Any = None, **params: Value) -> Completion: ...
+
+    @overload
+    def __call__(self, prompts: list[str], generation_config: Any = None, **params: Value) -> list[Completion]: ...
+
+    @overload
+    def __call__(self, prompts: Any, generation_config: Any = None, **params: Value) -> Any: ...
+
+    def __call__(self, prompts: Any, generation_config: Any = None, **params: Value) -> Any:
         """Answers one prompt with a :class:`Completion`, a list of prompts with a list of them, in order.
 
         A prompt is a string, a list of message dicts, or a list of token ids; any other list is a list of prompts. A
@@ -197,7 +204,9 @@ class Pipeline:
         known = [f.name for f in dataclasses.fields(self) if f.init]
         for name in parts:
             if name not in known:
-                raise UnknownParameterError(f"Pipeline has no part {name!r}{suggest(name, known)}")
+                raise UnknownParameterError(
+                    f"Pipeline has no part {name!r}{suggest(name, known)} Known: {', '.join(known)}"
+                )
         return dataclasses.replace(self, **parts)
 
     def __repr__(self) -> str:

@@ -155,7 +155,7 @@ def _lookup(kind: Kind, name: str) -> Callable[..., Any]:
         except Exception as error:
             raise PartError(f"the {kind} {name!r} of {owners[0]} cannot be imported: {error!r}") from error
     known = sorted({part.name for part in installed() if part.kind == kind})
-    raise UnknownPartError(f"unknown {kind} {name!r}{suggest(name, known)}. Known: {', '.join(known)}")
+    raise UnknownPartError(f"unknown {kind} {name!r}{suggest(name, known)} Known: {', '.join(known)}")
 
 
 def _entry_points(kind: Kind) -> tuple[importlib.metadata.EntryPoint, ...]:
@@ -170,7 +170,7 @@ def _entry_points(kind: Kind) -> tuple[importlib.metadata.EntryPoint, ...]:
 
 def _check_kind(kind: str) -> None:
     if kind not in KINDS:
-        raise PartError(f"unknown kind of part {kind!r}{suggest(kind, KINDS)}. Kinds: {', '.join(KINDS)}")
+        raise PartError(f"unknown kind of part {kind!r}{suggest(kind, KINDS)} Kinds: {', '.join(KINDS)}")
 
 
 def _location(factory: Any) -> str:

@@ -87,7 +87,7 @@ def test_a_tokenizer_that_cannot_neutralise_is_refused(own, monkeypatch):
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
-        ([("user", "a"), ("tool", "b")], "unknown role 'tool' in message 1.*system, user, assistant"),
+        ([("user", "a"), ("tool", "b")], "message 1 has the unknown role 'tool'.*system, user, assistant"),
         ([("users", "a")], "did you mean 'user'"),
         ([("user", "a"), ("system", "b"), ("user", "c")], "message 1 is from the system"),
         ([("system", "a"), ("system", "b"), ("user", "c")], "message 1 is from the system"),

@@ -74,5 +74,5 @@ def dtype_name(given: str) -> str:
     if name is None:
         bits = "; for 8-bit or 4-bit weights see quantization" if any(c in str(given) for c in "48") else ""
         known = ", ".join(DTYPES)
-        raise ParameterError(f"unknown dtype {given!r}{suggest(str(given), DTYPES)}. Known: {known}{bits}")
+        raise ParameterError(f"unknown dtype {given!r}{suggest(str(given), DTYPES)} Known: {known}{bits}")
     return name

@@ -190,7 +190,7 @@ def _pick_dtype(
 def _pick_attention(name: str | None, device: torch.device, dtype: torch.dtype | str) -> str | None:
     """The kernel that was asked for; None is sdpa, or eager for the few models that have no sdpa."""
     if name is not None and name not in ATTENTIONS:
-        raise ParameterError(f"unknown attention {name!r}{suggest(name, ATTENTIONS)}. Known: {', '.join(ATTENTIONS)}")
+        raise ParameterError(f"unknown attention {name!r}{suggest(name, ATTENTIONS)} Known: {', '.join(ATTENTIONS)}")
     if name == "flash_attention_2":
         if device.type != "cuda":
             raise UnsupportedError(f"attention='flash_attention_2' needs a cuda device, not {device}: use 'sdpa'")

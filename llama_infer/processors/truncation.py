@@ -88,9 +88,10 @@ class TopP:
         """[R, V] -> [R, V]."""
         from ..candidates import Candidates
 
-        for count in (_WINDOW, logits.shape[1]):
+        # Only a CPU can look at what fits without waiting for itself.
+        for count in (_WINDOW, logits.shape[1]) if logits.device.type == "cpu" else (logits.shape[1],):
             candidates = self.narrow(Candidates.of(logits, count), batch)
-            if bool(candidates.fits.all()):
+            if candidates.whole or bool(candidates.fits.all()):
                 break
         last = candidates.values.masked_fill(candidates.values == -math.inf, math.inf).amin(-1, keepdim=True)
         return logits.masked_fill((batch["top_p"] < 1)[:, None] & (logits < last), -math.inf)

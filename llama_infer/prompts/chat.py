@@ -63,7 +63,7 @@ def check_messages(messages: Sequence[Message]) -> None:
         if message.role not in ROLES:
             known = ", ".join(ROLES)
             raise PromptError(
-                f"unknown role {message.role!r}{suggest(message.role, ROLES)} in message {index}. Known: {known}"
+                f"message {index} has the unknown role {message.role!r}{suggest(message.role, ROLES)} Known: {known}"
             )
         if message.role == "system" and index:
             raise PromptError(f"message {index} is from the system: only the first may be")

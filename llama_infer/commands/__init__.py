@@ -1,0 +1,1 @@
+"""What ``llama-infer`` can do, one module a command."""
