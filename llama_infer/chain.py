@@ -78,11 +78,11 @@ class Chain:
             if tail and hasattr(self.sampler, "choose"):
                 return Choice(self._choose(_apply(head, logits, batch), batch, tail), {})
         scores = _apply(active, logits, batch)
-        tokens = self._sample(scores if scores is not logits else self._guarded(scores), batch)
+        tokens = self._sample(scores, batch)
         columns: dict[str, Column] = {}
         for part in accepting:
-            columns.update(part.accept(scores, tokens, batch))
-        return Choice(_code_failures(tokens, scores), columns)
+            columns.update(part.accept(scores, tokens.clamp(min=0), batch))
+        return Choice(tokens, columns)
 
     def _active(self, batch: Batch) -> list[LogitsProcessor]:
         """The processors that can change a choice: not neutral, and not idle because every row is greedy."""
@@ -107,13 +107,20 @@ class Chain:
         rows = (~known).nonzero()[:, 0]
         some = batch.select(rows)
         scores = _apply(tail, logits[rows], some)
-        return coded.scatter(0, rows, _code_failures(self._sample(scores, some), scores))
-
-    def _guarded(self, logits: Tensor) -> Tensor:
-        return logits if "pure" in traits(self.sampler) else logits.clone()
+        return coded.scatter(0, rows, self._sample(scores, some))
 
     def _sample(self, scores: Tensor, batch: Batch) -> Tensor:
-        tokens = self.sampler(scores, batch)
+        """The sampler's choice or a code in each row."""
+        if "row_independent" in traits(self.sampler):
+            given = scores if "pure" in traits(self.sampler) else scores.clone()
+            return _code_failures(self._checked(self.sampler(given, batch), scores, batch), scores)
+        # A row that cannot be sampled from must not bring down a sampler that looks at all rows at once.
+        peak = scores.amax(-1)
+        sound = scores.masked_fill(~peak.isfinite()[:, None], 0.0)
+        coded = _code_failures(self._checked(self.sampler(sound.clone(), batch), scores, batch), sound)
+        return _code(coded, peak)
+
+    def _checked(self, tokens: Any, scores: Tensor, batch: Batch) -> Tensor:
         if not isinstance(tokens, Tensor) or tokens.shape != batch.length.shape or tokens.dtype != torch.int64:
             raise PartError(
                 f"sampler {part_name(self.sampler)} returned {_describe(tokens)}; "

@@ -14,7 +14,7 @@ from .chain import Chain, hashable
 from .parts import Param
 from .types import Value
 
-_DTYPES = {float: torch.float64, int: torch.int64, bool: torch.bool}
+_DTYPES = {float: torch.float32, int: torch.int64, bool: torch.bool}
 
 
 def known_values(declared: Iterable[str], rows: Sequence[Mapping[str, Value]]) -> dict[str, frozenset[Hashable]]:
@@ -59,10 +59,18 @@ def _column(parts: Sequence[Any], name: str, param: Param, values: Sequence[Valu
             prepared: Column = part.prepare(name, values)
             return prepared
     dtype = _DTYPES.get(param.type)
-    return None if dtype is None or None in values else torch.tensor(list(values), dtype=dtype)
+    if dtype is None or None in values:
+        return None
+    return _float32(values) if dtype == torch.float32 else torch.tensor(list(values), dtype=dtype)
+
+
+def _float32(values: Sequence[float]) -> Tensor:
+    """float32 [R], in which what is neither zero nor infinite stays so: 1e-50 is no greedy temperature."""
+    exact = torch.tensor(list(values), dtype=torch.float64)
+    limits = torch.finfo(torch.float32)
+    near = exact.clamp(limits.min, limits.max).where(exact.isfinite(), exact).float()
+    return near.where((near != 0) | (exact == 0), exact.sign().float() * limits.tiny)
 
 
 def _to_device(column: Column, device: torch.device | str) -> Column:
-    if isinstance(column, Tensor) and column.dtype == torch.float64 and torch.device(device).type == "mps":
-        column = column.float()  # Apple's GPUs have no float64
     return column.to(device) if isinstance(column, (Tensor, Padded)) else column

@@ -36,6 +36,7 @@ DEFAULT_PROCESSORS = (
 )
 """The order is the order in which they run."""
 DEFAULT_STOPPING = ("end", "length", "text")
+_END: Any = object()
 _BATCH_SIZE = {"cpu": 32, "cuda": 128, "mps": 32}
 
 
@@ -147,7 +148,7 @@ class Pipeline:
         it is decoded comes back with ``finish_reason="error"``.
         """
         single = _is_one_prompt(prompts)
-        listed = [prompts] if single else list(prompts)
+        listed = list(prompts) if isinstance(prompts, Iterable) and not single else [prompts]
         if not listed:
             raise PromptError("the list of prompts is empty")
         requests = self._requests(listed, single, generation_config, params)
@@ -375,10 +376,12 @@ def _serve(engine: Any, requests: Iterator[Request], batch_size: int, ordered: b
     exhausted, refused = False, 0
     while True:
         while not exhausted and len(order) < 4 * batch_size and len(order) - len(done) < 2 * batch_size:
-            request = next(requests, None)
-            if request is None:
+            request = next(requests, _END)
+            if request is _END:
                 exhausted = True
                 break
+            if not isinstance(request, Request):
+                raise PromptError(f"run takes Request objects, not a {type(request).__name__}: write Request(prompt)")
             try:
                 if request.id in order:
                     raise ParameterError(f"a request with the id {request.id!r} is being served: choose another id")

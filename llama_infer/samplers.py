@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
-from .parts import Trait
-from .processors.temperature import TEMPERATURE
+from .parts import Param, Trait
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,15 @@ class Categorical:
     """
 
     name = "categorical"
-    params = {"temperature": TEMPERATURE}
+    params = {
+        "temperature": Param(
+            default=1.0,
+            neutral=1.0,
+            check=lambda v: 0 <= v < math.inf,
+            range="0 <= temperature < inf",
+            help="below 1 sharpens, above 1 flattens, 0 is greedy",
+        )
+    }
     traits: frozenset[Trait] = frozenset({"pure", "row_independent", "greedy_at_zero"})
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:

@@ -91,11 +91,13 @@ class LocalEngine:
 
     def add(self, request: Request) -> str:
         """Queues a request and returns its id. Raises ParameterError or PromptError when it cannot be served."""
-        params = {**self._a.defaults, **validate(self._a.declared, request.params)}
+        given = validate(self._a.declared, request.params)
+        self._check_columns(given)
+        params = {**self._a.defaults, **given}
         prompt = tuple(self._a.encode(request.prompt))
         self._check_prompt(prompt, params)
         self._added += 1
-        request = replace(request, id=request.id or f"request-{self._added}")
+        request = replace(request, id=request.id or f"#{self._added}")
         if request.id in {task.request.id for task in self._tasks()}:
             raise ParameterError(f"a request with the id {request.id!r} is being served already: choose another id")
         seed = params["seed"] if params["seed"] is not None else secrets.randbits(53)
@@ -135,6 +137,8 @@ class LocalEngine:
         done = [row for row, sequence in enumerate(self._rows) if sequence.task.request.id == id]
         for row in done:
             self._events.append(self._rows[row].finish("abort"))
+        if done:
+            self._cache.erase(done)  # what was fed last has not been looked at: it may be NaN
         self._events += self._leave(done)
 
     def close(self) -> None:
@@ -151,6 +155,12 @@ class LocalEngine:
 
     def _tasks(self) -> list[Task]:
         return [*self._scheduler.waiting, *(sequence.task for sequence in self._rows)]
+
+    def _check_columns(self, given: Mapping[str, Value]) -> None:
+        """Has the parts look at what a column is made of: what they refuse must not be found out in a step."""
+        for part in self._a.chain.parts:
+            for name in given.keys() & getattr(part, "params", {}).keys() if hasattr(part, "prepare") else ():
+                part.prepare(name, [given[name]])
 
     def _check_prompt(self, prompt: Sequence[int], params: Mapping[str, Value]) -> None:
         if not prompt:
@@ -220,7 +230,7 @@ class LocalEngine:
             token, logprob = step.tokens[row], step.logprobs[row]
             if token == NOTHING:
                 continue
-            if token < 0 or math.isnan(logprob):
+            if token < 0 or math.isnan(logprob) or step.totals[row] == math.inf:
                 failed.append(row)
                 events.append(sequence.finish("error", error=self._failure(sequence, token, step.totals[row])))
             else:

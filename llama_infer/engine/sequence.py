@@ -106,14 +106,10 @@ class LiveSequence:
         )
 
     def _ask(self) -> Stop | None:
-        """The first criterion that says stop, in their order."""
-        for criterion in self._criteria:
-            stop = criterion(self)
-            if isinstance(stop, Stop):
-                return stop
-            if stop:
-                return Stop()
-        return None
+        """The first criterion that says stop, in their order; "length" only when no other does."""
+        answers = [criterion(self) for criterion in self._criteria]
+        stops = [answer if isinstance(answer, Stop) else Stop() for answer in answers if answer]
+        return next((stop for stop in stops if stop.reason == "stop"), stops[0] if stops else None)
 
     def _chunk(self, end: int) -> Chunk:
         start, self._emitted = self._emitted, max(end, self._emitted)

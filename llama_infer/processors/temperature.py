@@ -15,15 +15,6 @@ if TYPE_CHECKING:
     from ..batch import Batch
     from ..candidates import Candidates
 
-TEMPERATURE = Param(
-    default=1.0,
-    neutral=1.0,
-    check=lambda v: 0 <= v < math.inf,
-    range="0 <= temperature < inf",
-    help="below 1 sharpens, above 1 flattens, 0 is greedy",
-)
-"""Shared with the sampler, which makes 0 greedy."""
-
 _SHIFT_BELOW = 1e-3
 _SMALLEST = 1e-30
 
@@ -35,7 +26,15 @@ class Temperature:
     """
 
     name = "temperature"
-    params = {"temperature": TEMPERATURE}
+    params = {
+        "temperature": Param(
+            default=1.0,
+            neutral=1.0,
+            check=lambda v: 0 <= v < math.inf,
+            range="0 <= temperature < inf",
+            help="below 1 sharpens, above 1 flattens, 0 is greedy",
+        )
+    }
     traits: frozenset[Trait] = frozenset({"pure", "keeps_argmax", "row_independent"})
     truncates = False
 
@@ -52,8 +51,8 @@ class Temperature:
 
 
 def _divisor(logits: Tensor, batch: Batch) -> Tensor:
-    temperature = batch["temperature"].to(logits.dtype)
-    return temperature.masked_fill(temperature == 0, 1.0).clamp(min=_SMALLEST)[:, None]
+    temperature = batch["temperature"]
+    return temperature.clamp(min=_SMALLEST).masked_fill(temperature == 0, 1.0).to(logits.dtype)[:, None]
 
 
 def _shifted(logits: Tensor, largest: Tensor | None, divisor: Tensor, batch: Batch) -> Tensor:

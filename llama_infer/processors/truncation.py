@@ -51,7 +51,7 @@ class TopK:
         last, restricted = self._last(values, batch)
         inside = (batch["top_k"] <= values.shape[1])[:, None] & (values[:, -1:] < last)
         fitting = candidates.need(inside | ~restricted)
-        return fitting.keep((values >= last) | ~restricted, restricted & inside)
+        return fitting.keep(~(values < last) | ~restricted, restricted & inside)  # NaN stays, to be found
 
     def _last(self, best: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The smallest logit that stays [R, 1], and in which rows there is one, bool [R, 1]."""
@@ -108,7 +108,7 @@ class TopP:
         inside = candidates.values[:, -1:] < last
         everything = top_p >= 1
         fitting = candidates.need(inside | everything)
-        return fitting.keep((candidates.values >= last) | everything, inside & ~everything)
+        return fitting.keep(~(candidates.values < last) | everything, inside & ~everything)
 
 
 class MinP:
@@ -134,7 +134,7 @@ class MinP:
         """The same on candidates."""
         limit = self._limit(candidates.values[:, :1], batch)
         inside = candidates.values[:, -1:] < limit
-        return candidates.need(inside | (limit == -math.inf)).keep(candidates.values >= limit, inside)
+        return candidates.need(inside | (limit == -math.inf)).keep(~(candidates.values < limit), inside)
 
     def _limit(self, largest: Tensor, batch: Batch) -> Tensor:
         return largest + batch["min_p"].to(largest.dtype).log()[:, None]

@@ -1,0 +1,1 @@
+"""Written text, task generators and evaluation items of the demo model."""

@@ -1,0 +1,143 @@
+"""Samplers: frequencies are the distribution's, and how many candidates were looked at does not matter."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_infer import DEFAULT_PROCESSORS, Batch, Context, registry, transform_logits
+from llama_infer.chain import EXCLUDED, NON_FINITE, Chain
+from llama_infer.columns import make_batch
+from llama_infer.pipeline import declared_params
+from llama_infer.samplers import Categorical, Greedy
+
+
+def table(rows, temperature=1.0, **values):
+    """Rows with a seed each; the host knows ``values``."""
+    known = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **values}
+    return Batch.of(
+        [[1]] * rows,
+        seeds=range(rows),
+        columns={"temperature": torch.full((rows,), temperature, dtype=torch.float64)},
+        values={name: frozenset({value}) for name, value in known.items()},
+    )
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.05}])
+def test_frequencies_match_the_distribution(params):
+    """Chi-square over 2,500 seeds."""
+    rows, vocabulary = 2500, 8
+    generator = torch.Generator().manual_seed(1)
+    logits = 1.5 * torch.randn(1, vocabulary, generator=generator)
+    scores = transform_logits(logits, **params)
+    probabilities = scores.double().softmax(-1)[0]
+    drawn = Categorical()(scores.expand(rows, -1), table(rows, **params))
+    counts = torch.bincount(drawn, minlength=vocabulary).double()
+    support = probabilities > 0
+    assert not counts[~support].any()
+    chi_square = ((counts - rows * probabilities)[support] ** 2 / (rows * probabilities[support])).sum().item()
+    freedom = int(support.sum()) - 1
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 4
+
+
+def mixed_rows(logits, rows):
+    """A chain of the default parts and a table in which each row has its own parameters."""
+    parts = [registry.resolve("processor", name) for name in DEFAULT_PROCESSORS]
+    chain = Chain(parts, Categorical()).bind(Context(None, logits.shape[1]))
+    declared = declared_params()
+    full = [{**{name: param.default for name, param in declared.items()}, **row} for row in rows]
+    return chain, make_batch(chain, declared, full, [[1, 2]] * len(rows), seeds=range(len(rows)))
+
+
+def choices(logits, rows):
+    """What the chain chooses, on candidates where it can, and what its parts choose from all of the vocabulary."""
+    chain, batch = mixed_rows(logits, rows)
+    before = logits.clone()
+    chosen = chain(logits, batch).tokens
+    assert torch.equal(logits.nan_to_num(7.5), before.nan_to_num(7.5))
+    return chosen, Categorical()(chain.scores(logits, batch), batch)
+
+
+ROW = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 1e-50, 1e-5, 0.7, 1.0, 2.0]),
+        "top_k": st.sampled_from([0, 1, 2, 5, 40, 10**6]),
+        "top_p": st.sampled_from([0.0, 0.3, 0.9, 0.999, 1.0]),
+        "min_p": st.sampled_from([0.0, 0.02, 0.5, 1.0]),
+    }
+)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(ROW, min_size=1, max_size=6), st.sampled_from([2, 7, 1024, 4096, 5000]), st.sampled_from([0, 1, 5]))
+def test_the_window_changes_nothing(rows, vocabulary, digits):
+    """Candidates looked at first, or all of the vocabulary: the same tokens, also where logits tie."""
+    generator = torch.Generator().manual_seed(len(rows) * vocabulary + digits)
+    logits = (3 * torch.randn(len(rows), vocabulary, generator=generator)).round(decimals=digits)
+    chosen, expected = choices(logits, rows)
+    assert torch.equal(chosen, expected) and (chosen >= 0).all()
+
+
+@pytest.mark.parametrize("params", [{"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 40, "top_p": 0.9}])
+def test_the_window_serves_many_seeds(params):
+    logits = 2 * torch.randn(1, 4096, generator=torch.Generator().manual_seed(2)).expand(200, -1)
+    chosen, expected = choices(logits, [params] * 200)
+    assert torch.equal(chosen, expected) and len(set(chosen.tolist())) > 3
+
+
+def test_a_row_that_keeps_more_than_the_window_is_drawn_from_all():
+    """The bound on candidates is a guess (equal logits all stay): a wrong guess must not cut the support."""
+    chosen, expected = choices(torch.zeros(400, 4096), [{"top_k": 2}] * 400)
+    assert torch.equal(chosen, expected) and len(set(chosen.tolist())) > 300
+
+
+@pytest.mark.parametrize("bad, code", [(math.nan, NON_FINITE), (math.inf, NON_FINITE), (-math.inf, EXCLUDED)])
+@settings(deadline=None, max_examples=12)
+@given(ROW, st.booleans(), st.sampled_from([9, 4096]))
+def test_faults_are_found_on_candidates_too(bad, code, row, everywhere, vocabulary):
+    """NaN, +inf, or nothing left, in one row of two; the other gets its token."""
+    logits = torch.randn(2, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
+    if everywhere or bad == -math.inf:
+        logits[1] = bad
+    else:
+        logits[1, 5] = bad
+    chosen, expected = choices(logits, [row, row])
+    assert chosen[1] == code and chosen[0] == expected[0] >= 0
+
+
+def test_greedy_takes_the_lowest_id_among_equals():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0], [2.0, 2.0, 2.0, 2.0], [-math.inf, -math.inf, 0.0, 0.0]])
+    assert Greedy()(logits, table(3)).tolist() == [1, 0, 2]
+    assert Categorical()(logits, table(3, temperature=0.0)).tolist() == [1, 0, 2]
+    wide = torch.zeros(2, 4096).index_fill(1, torch.tensor([1234, 4000]), 1.0)
+    chosen, expected = choices(wide, [{"temperature": 0.0, "top_k": 2}, {"temperature": 0.0, "top_k": 1, "top_p": 0.1}])
+    assert chosen.tolist() == expected.tolist() == [1234, 1234]
+
+
+def test_rows_of_temperature_0_are_greedy_among_others():
+    logits = torch.randn(40, 30, generator=torch.Generator().manual_seed(3))
+    batch = table(40)
+    cold = torch.arange(40) % 2 == 0
+    columns = {"temperature": torch.where(cold, 0.0, 1.0).double()}
+    mixed = Batch.of([[1]] * 40, seeds=range(40), columns=columns, values={"temperature": frozenset({0.0, 1.0})})
+    drawn = Categorical()(logits, mixed)
+    assert torch.equal(drawn[cold], logits.argmax(-1)[cold])
+    assert torch.equal(drawn[~cold], Categorical()(logits, batch)[~cold])
+    assert not torch.equal(drawn[~cold], logits.argmax(-1)[~cold])
+
+
+@pytest.mark.parametrize("sampler", [Greedy(), Categorical()])
+def test_one_finite_token_is_chosen(sampler):
+    logits = torch.full((20, 9), -math.inf)
+    logits[:, 4] = -1e9
+    assert sampler(logits, table(20)).tolist() == [4] * 20
+
+
+def test_greedy_sampler_ignores_temperature(pipe):
+    """``sampler="greedy"`` is temperature 0, whatever the request says."""
+    greedy = pipe.replace(sampler="greedy")
+    assert greedy([5, 6], temperature=1.7, seed=3).token_ids == pipe([5, 6], temperature=0).token_ids
