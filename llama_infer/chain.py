@@ -75,7 +75,7 @@ class Chain:
         accepting = [part for part in (*active, self.sampler) if hasattr(part, "accept")]
         if self.windows and not accepting and logits.device.type == "cpu":
             head, tail = _split(active)
-            if tail and hasattr(self.sampler, "choose"):
+            if hasattr(self.sampler, "choose") and any(_truncates(part) for part in active):
                 return Choice(self._choose(_apply(head, logits, batch), batch, tail), {})
         scores = _apply(active, logits, batch)
         tokens = self._sample(scores, batch)
@@ -155,12 +155,16 @@ def _apply(parts: Sequence[Any], logits: Tensor, batch: Batch) -> Tensor:
 
 
 def _split(active: Sequence[LogitsProcessor]) -> tuple[Sequence[LogitsProcessor], Sequence[LogitsProcessor]]:
-    """What must see all logits, and the end that can be computed on candidates; no end unless something truncates."""
+    """What must see all logits, and the end that can be computed on candidates."""
     start = len(active)
     while start and hasattr(active[start - 1], "narrow"):
         start -= 1
-    truncating = any(getattr(part, "truncates", True) for part in active[start:])
-    return (active[:start], active[start:]) if truncating else (active, ())
+    return active[:start], active[start:]
+
+
+def _truncates(part: Any) -> bool:
+    """Whether the part may leave so few tokens that a window holds them."""
+    return bool(getattr(part, "truncates", hasattr(part, "narrow")))
 
 
 def _window(tail: Sequence[Any], batch: Batch, vocab_size: int) -> int:

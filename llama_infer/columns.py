@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import Batch, Column, Padded
+from .batch import Batch, Column
 from .chain import Chain, hashable
 from .parts import Param
 from .types import Value
@@ -59,7 +59,7 @@ def _column(parts: Sequence[Any], name: str, param: Param, values: Sequence[Valu
             prepared: Column = part.prepare(name, values)
             return prepared
     dtype = _DTYPES.get(param.type)
-    if dtype is None or None in values:
+    if dtype is None or param.default is None:  # what may be unset is for the host to read
         return None
     return _float32(values) if dtype == torch.float32 else torch.tensor(list(values), dtype=dtype)
 
@@ -73,4 +73,4 @@ def _float32(values: Sequence[float]) -> Tensor:
 
 
 def _to_device(column: Column, device: torch.device | str) -> Column:
-    return column.to(device) if isinstance(column, (Tensor, Padded)) else column
+    return column.to(device) if hasattr(column, "to") else column

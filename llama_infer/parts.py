@@ -73,7 +73,10 @@ class Param:
         if isinstance(value, float) and math.isnan(value):
             raise ParameterError(f"{name}=nan is not a number" + (f": {self.range}" if self.range else ""))
         try:
-            accepted = self.check is None or self.check(value)
+            fits = not isinstance(value, int) or -(1 << 63) <= value < 1 << 63  # columns are int64
+            accepted = fits and (self.check is None or self.check(value))
+        except ParameterError:
+            raise  # the check says itself what is wrong
         except (TypeError, ValueError):  # a check that compares numbers, and was given something else inside
             accepted = False
         if not accepted:
@@ -131,6 +134,10 @@ class Part(Protocol):
 
     def bind(self, context: Context) -> Part:
         """The part for this model (called once, at load)."""
+
+    def check(self, params: Mapping[str, Value]) -> None:
+        """Raises ParameterError for effective values that do not go together, or not with this model. Asked when a
+        request joins, unless all of the part's parameters are neutral."""
 
     def prepare(self, name: str, values: Sequence[Value]) -> Column:
         """The column of a ragged or mapping parameter: one value a row, on the CPU. Default: a tensor of numbers."""

@@ -25,17 +25,44 @@ if TYPE_CHECKING:
 
 DEFAULT_PROCESSORS = (
     "logit_bias",
+    "sequence_bias",
+    "bad_words",
+    "no_repeat_ngram_size",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "allowed_token_ids",
     "min_new_tokens",
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
+    "dry",
+    "exponential_decay_length_penalty",
+    "watermark",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "reasoning_budget",
+    "quadratic_smoothing",
+    "dynamic_temperature",
+    "edt",
     "temperature",
+    "top_h",
     "top_k",
     "top_p",
     "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "top_n_sigma",
+    "top_a",
+    "tfs",
+    "p_less",
+    "p_less_norm",
+    "mirostat",
+    "xtc",
+    "adaptive_p",
 )
 """The order is the order in which they run."""
-DEFAULT_STOPPING = ("end", "length", "text")
+DEFAULT_STOPPING = ("end", "length", "text", "regex", "max_time", "loops")
 _END: Any = object()
 _BATCH_SIZE = {"cpu": 32, "cuda": 128, "mps": 32}
 

@@ -116,12 +116,23 @@ def test_hyphens_and_underscores_are_alike(dash: str, sign: str | None) -> None:
 
 
 def test_every_declared_parameter_is_an_option() -> None:
-    typed = {int: "3", float: "0.5", str: "text", bool: "true", tuple: "text", dict: "5=-1.5"}
-    expected = {int: 3, float: 0.5, str: "text", bool: True, tuple: ("text",), dict: {5: -1.5}}
-    declared = declared_params()
-    words = [word for name, param in declared.items() for word in (f"--{name}", typed[param.type])]
-    pipe = run(*words)
-    assert pipe.seen[0] == {name: expected[param.type] for name, param in declared.items()}
+    typed: list[tuple[list[str], Any]] = [
+        *((["3"], 3), (["1"], 1), (["0.5"], 0.5), (["1.5"], 1.5), (["text"], "text"), (["true"], True)),
+        *((["text"], ("text",)), (["3"], (3,)), (["1", "1.5"], (1, 1.5)), (["1,2"], ((1, 2),))),
+        *((["5=-1.5"], {5: -1.5}), (["1,2=-1.5"], {(1, 2): -1.5})),
+    ]
+    words, expected = [], {}
+    for name, param in declared_params().items():
+        texts, expected[name] = next(pair for pair in typed if type(pair[1]) is param.type and accepts(param, pair[1]))
+        words += [word for text in texts for word in (f"--{name}", text)]
+    assert run(*words).seen[0] == expected
+
+
+def accepts(param: Param, value: Any) -> bool:
+    try:
+        return bool(param.validate("x", value) is not None)
+    except ParameterError:
+        return False
 
 
 def test_several_values() -> None:

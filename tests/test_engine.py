@@ -318,3 +318,14 @@ def test_the_global_random_state_is_untouched(pipe):
     before = torch.get_rng_state(), random.getstate()
     pipe([[1], [2]], seed=[None, 4], n=2)
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+
+
+def test_requests_with_and_without_an_optional_parameter_share_a_batch(pipe) -> None:
+    """``max_new_tokens`` unset has no number: rows with and without one join the same table at different times."""
+    engine = open_engine(pipe.replace(params={}))
+    engine.add(Request("abc", {"max_new_tokens": 30, "temperature": 0}))
+    engine.step()
+    engine.add(Request("de", {"max_new_tokens": None, "temperature": 0, "stop": ["\x00"]}))
+    for _ in range(5):
+        engine.step()
+    engine.close()

@@ -34,7 +34,11 @@ def test_public_names():
 def test_signature_of_pipeline():
     parameters = dict(inspect.signature(Pipeline).parameters)
     assert parameters.pop("processors").default == llama_infer.DEFAULT_PROCESSORS
-    assert parameters.pop("stopping").default == llama_infer.DEFAULT_STOPPING == ("end", "length", "text")
+    assert (
+        parameters.pop("stopping").default
+        == llama_infer.DEFAULT_STOPPING
+        == ("end", "length", "text", "regex", "max_time", "loops")
+    )
     assert parameters.pop("params").kind is inspect.Parameter.KEYWORD_ONLY
     assert sorted(f"{name}={p.default!r}" for name, p in parameters.items()) == sorted(ARGUMENTS)
     assert [name for name, p in parameters.items() if p.kind is not inspect.Parameter.KEYWORD_ONLY] == ["model"]

@@ -58,8 +58,8 @@ QUESTIONS_EN: tuple[tuple[str, ...], ...] = (
     (
         "Tell me a short story",
         "Once upon a time a little llama lived on a high mountain. Every morning she looked at "
-        "the clouds and wondered what was behind them. One day she walked down into the valley and found a blue lake. She "
-        "drank the cold water, smiled at the llama in the mirror, and went home to tell her friends.",
+        "the clouds and wondered what was behind them. One day she walked down into the valley and found a blue lake. "
+        "She drank the cold water, smiled at the llama in the mirror, and went home to tell her friends.",
         "Tell me a story.",
         "Write a short story.",
     ),
@@ -90,8 +90,8 @@ QUESTIONS_EN: tuple[tuple[str, ...], ...] = (
     (
         "How does a language model work?",
         "A language model reads the text so far and gives every token in its "
-        "vocabulary a score. The scores become probabilities, one token is chosen, and it is added to the text. Then the "
-        "model reads the longer text and chooses again, until it writes the token that ends its turn.",
+        "vocabulary a score. The scores become probabilities, one token is chosen, and it is added to the text. Then "
+        "the model reads the longer text and chooses again, until it writes the token that ends its turn.",
         "How do language models work?",
         "Explain how a language model works.",
     ),

@@ -112,12 +112,28 @@ def parse_value(name: str, param: Param, texts: Sequence[str]) -> Value:
             f"{param.type.__name__} such as {_METAVARS[param.type]}" if param.type is dict else param.type.__name__
         )
         raise ParameterError(f"{name}={' '.join(texts)!r} cannot be read: {name} takes {expected}") from error
+    if param.type is dict:
+        return _mapping(name, param, value)
     return _accepted(name, param, value)
 
 
+def _mapping(name: str, param: Param, value: Mapping[Any, Value]) -> Value:
+    """The keys as they are, or as sequences (``1,2=0.5``) where the parameter takes those."""
+    try:
+        return _accepted(name, param, value)
+    except ParameterError:
+        try:
+            keys = [_ids(str(key)) for key in value]
+        except ValueError:
+            keys = []
+        if not keys:
+            raise
+        return _accepted(name, param, dict(zip(keys, value.values(), strict=True)))
+
+
 def _first_accepted(name: str, param: Param, texts: Sequence[str]) -> Value:
-    """Texts as they are, or as numbers where the parameter does not take texts."""
-    readings: tuple[Callable[[str], Any], ...] = (int, float)
+    """Texts as they are, or as numbers, or sequences of them (``1,2``), where the parameter does not take texts."""
+    readings: tuple[Callable[[str], Any], ...] = (int, float, _ids)
     try:
         return _accepted(name, param, tuple(texts))
     except ParameterError:
@@ -127,6 +143,10 @@ def _first_accepted(name: str, param: Param, texts: Sequence[str]) -> Value:
             except ValueError:  # ParameterError is one
                 continue
         raise
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
 
 
 def _accepted(name: str, param: Param, value: Value) -> Value:

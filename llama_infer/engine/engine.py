@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,7 @@ from ..types import Completion, Event, Prompt, Request, TokenLogprob, Value
 from .detokenize import Detokenizer
 from .runner import Runner
 from .scheduler import Scheduler
-from .sequence import LiveSequence, Task
+from .sequence import LiveSequence, Task, own_criteria
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,8 @@ class LocalEngine:
     def add(self, request: Request) -> str:
         """Queues a request and returns its id. Raises ParameterError or PromptError when it cannot be served."""
         given = validate(self._a.declared, request.params)
-        self._check_columns(given)
         params = {**self._a.defaults, **given}
+        self._check_parts(given, params)
         prompt = tuple(self._a.encode(request.prompt))
         self._check_prompt(prompt, params)
         self._added += 1
@@ -156,11 +155,17 @@ class LocalEngine:
     def _tasks(self) -> list[Task]:
         return [*self._scheduler.waiting, *(sequence.task for sequence in self._rows)]
 
-    def _check_columns(self, given: Mapping[str, Value]) -> None:
-        """Has the parts look at what a column is made of: what they refuse must not be found out in a step."""
-        for part in self._a.chain.parts:
-            for name in given.keys() & getattr(part, "params", {}).keys() if hasattr(part, "prepare") else ():
-                part.prepare(name, [given[name]])
+    def _check_parts(self, given: Mapping[str, Value], params: Mapping[str, Value]) -> None:
+        """Has the parts look at the values: what they refuse must not be found out in a step."""
+        for part in (*self._a.chain.parts, *self._a.stopping):
+            own = getattr(part, "params", {})
+            if hasattr(part, "prepare"):
+                for name in given.keys() & own.keys():
+                    part.prepare(name, [given[name]])
+            if hasattr(part, "check") and any(
+                params[name] != own[name].neutral for name in own if own[name].neutral is not None
+            ):
+                part.check(params)
 
     def _check_prompt(self, prompt: Sequence[int], params: Mapping[str, Value]) -> None:
         if not prompt:
@@ -191,8 +196,7 @@ class LocalEngine:
         self._batch = rows if self._batch is None else self._batch.extend(rows)
         self._cache.extend(len(tasks))
         for task in tasks:
-            criteria = [copy.deepcopy(c) if getattr(c, "stateful", False) else c for c in self._a.stopping]
-            self._rows.append(LiveSequence(task, self._a.detokenizer.stream(), criteria))
+            self._rows.append(LiveSequence(task, self._a.detokenizer.stream(), own_criteria(self._a.stopping)))
 
     def _layout(self) -> Layout:
         return Layout(tuple(self._scheduler.spans(self._rows, self._cache.lengths)), self._a.loaded.device)

@@ -33,6 +33,11 @@ class Task:
     finished: list[LiveSequence] = field(default_factory=list)
 
 
+def own_criteria(criteria: Sequence[Any]) -> list[Any]:
+    """The criteria for one more sequence: a copy of those with a memory."""
+    return [copy.deepcopy(c) if getattr(c, "stateful", False) else c for c in criteria]
+
+
 class LiveSequence:
     """One sample of a request: what stopping criteria see, and what becomes a completion."""
 
@@ -67,6 +72,7 @@ class LiveSequence:
         twin.token_ids, twin.logprobs = list(self.token_ids), list(self.logprobs)
         twin.top_logprobs, twin._unsent = list(self.top_logprobs), list(self._unsent)
         twin._stream = self._stream.fork()
+        twin._criteria = own_criteria(self._criteria)
         return twin
 
     def append(self, token_id: int, logprob: float, top: tuple[TokenLogprob, ...]) -> Chunk:
@@ -106,10 +112,11 @@ class LiveSequence:
         )
 
     def _ask(self) -> Stop | None:
-        """The first criterion that says stop, in their order; "length" only when no other does."""
+        """What the criteria say: "stop" before "length", and of several the one that keeps the least text."""
         answers = [criterion(self) for criterion in self._criteria]
         stops = [answer if isinstance(answer, Stop) else Stop() for answer in answers if answer]
-        return next((stop for stop in stops if stop.reason == "stop"), stops[0] if stops else None)
+        whole = len(self.text)
+        return min(stops, key=lambda s: (s.reason != "stop", whole if s.text_end is None else s.text_end), default=None)
 
     def _chunk(self, end: int) -> Chunk:
         start, self._emitted = self._emitted, max(end, self._emitted)

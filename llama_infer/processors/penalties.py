@@ -1,22 +1,39 @@
-"""Penalties on tokens that have occurred."""
+"""Penalties on tokens that have occurred, and what parts that read the history share.
+
+The work goes by the history's positions, never by the vocabulary: scores are gathered at the known tokens, changed, and
+written back in place, into the copy of the logits that the chain hands to a part which is not "pure".
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..parts import Param, Trait
+from ..types import Value
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ..batch import Batch
 
+IN_PLACE: frozenset[Trait] = frozenset({"row_independent"})
+"""The traits of a part that writes into the logits that it is given."""
+NO_TOKEN = -2
+"""What :func:`last_tokens` has where a row is too short; differs from every token and from the table's padding."""
+
 
 class RepetitionPenalty:
-    """Divides positive logits of every token in the context by the penalty and multiplies negative ones.
+    """Divides the logits of tokens in the context by the penalty where positive and multiplies them where negative.
 
-    Prompt and answer count, as in transformers. Keskar et al. 2019, arXiv 1909.05858.
+    A token counts once, however often it occurs; prompt and answer count, as in transformers. Keskar et al. 2019,
+    arXiv 1909.05858. Parameters:
+
+    repetition_penalty: above 0; above 1 discourages, below 1 encourages; 1 is neutral.
+    penalty_last_n: how many of the last tokens count (llama.cpp's ``repeat_last_n``): -1 all of them, 0 none. It has no
+    neutral value of its own.
     """
 
     name = "repetition_penalty"
@@ -27,30 +44,38 @@ class RepetitionPenalty:
             check=lambda v: 0 < v < math.inf,
             range="0 < repetition_penalty < inf",
             help="above 1 discourages tokens of the prompt and the answer",
-        )
+        ),
+        "penalty_last_n": Param(
+            default=-1,
+            check=lambda v: v >= -1,
+            range="penalty_last_n >= -1",
+            help="how many of the last tokens repetition_penalty looks at; -1: all of them",
+        ),
     }
-    traits: frozenset[Trait] = frozenset({"pure", "row_independent"})
+    traits = IN_PLACE
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        """[R, V] -> [R, V]."""
+        """[R, V] -> [R, V], in place."""
         if batch.width == 0:
             return logits
-        penalty = batch["repetition_penalty"].to(logits.dtype)[:, None]
-        ids = _without_padding(batch)
+        penalty = batch["repetition_penalty"].to(logits.dtype)
+        counted = within_last(batch, "penalty_last_n")
+        if counted is None:
+            counted, none = batch.tokens >= 0, batch.length == 0
+        else:
+            none = (batch.length == 0) | (batch["penalty_last_n"] == 0)
+        penalty = penalty.masked_fill(none, 1.0)[:, None]
+        ids = _only(batch, counted)
         scores = logits.gather(1, ids)
-        penalised = (scores * penalty).where(scores < 0, scores / penalty)
         # A token gives the same value at each of its occurrences, so their order does not matter.
-        return logits.scatter(1, ids, penalised.where((batch.length > 0)[:, None], scores))
-
-
-def _without_padding(batch: Batch) -> Tensor:
-    """Token ids [R, width] with the row's first token in place of the padding."""
-    tokens = batch.tokens
-    return tokens.where(tokens >= 0, tokens[:, :1].clamp(min=0))
+        return logits.scatter_(1, ids, (scores * penalty).where(scores < 0, scores / penalty))
 
 
 class PresencePenalty:
-    """Subtracts the penalty once from the logit of each token that the answer has (OpenAI, vLLM; not the prompt)."""
+    """Subtracts the penalty once from the logit of each token that the answer has (OpenAI, vLLM; not the prompt).
+
+    presence_penalty: any finite number; 0 is neutral, below 0 encourages.
+    """
 
     name = "presence_penalty"
     params = {
@@ -62,19 +87,22 @@ class PresencePenalty:
             help="subtracted from the logits of tokens in the answer",
         )
     }
-    traits: frozenset[Trait] = frozenset({"pure", "row_independent"})
+    traits = IN_PLACE
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        """[R, V] -> [R, V]."""
-        import torch
-
-        penalty = batch["presence_penalty"].to(logits.dtype)[:, None]
-        present = _generated_counts(logits, batch) > 0
-        return torch.where(present, logits - penalty, logits)
+        """[R, V] -> [R, V], in place."""
+        if batch.width == 0:
+            return logits
+        penalty = batch["presence_penalty"].to(logits.dtype).masked_fill(batch.length <= batch.prompt_length, 0.0)
+        ids = _only(batch, batch.generated())
+        return logits.scatter_(1, ids, logits.gather(1, ids) - penalty[:, None])
 
 
 class FrequencyPenalty:
-    """Subtracts the penalty from a token's logit once for each time that the answer has it (OpenAI, vLLM)."""
+    """Subtracts the penalty from a token's logit once for each time that the answer has it (OpenAI, vLLM).
+
+    frequency_penalty: any finite number; 0 is neutral, below 0 encourages.
+    """
 
     name = "frequency_penalty"
     params = {
@@ -86,17 +114,65 @@ class FrequencyPenalty:
             help="subtracted for each occurrence in the answer",
         )
     }
-    traits: frozenset[Trait] = frozenset({"pure", "row_independent"})
+    traits = IN_PLACE
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        """[R, V] -> [R, V]."""
+        """[R, V] -> [R, V], in place."""
+        if batch.width == 0:
+            return logits
         penalty = batch["frequency_penalty"].to(logits.dtype)[:, None]
-        return logits - penalty * _generated_counts(logits, batch)
+        return logits.scatter_add_(1, batch.tokens.clamp(min=0), -penalty * batch.generated())
 
 
-def _generated_counts(logits: Tensor, batch: Batch) -> Tensor:
-    """How often the answer has each token, [R, V] in the logits' dtype."""
+def within_last(batch: Batch, name: str) -> Tensor | None:
+    """bool [R, width]: true at the last ``n`` tokens of each row, the parameter ``name`` being n; below 0: at all.
+
+    None where the host knows that every row wants all.
+    """
+    if batch.all_equal(name, -1):
+        return None
     import torch
 
-    weight = batch.generated().to(logits.dtype)
-    return torch.zeros_like(logits).scatter_add(1, batch.tokens.clamp(min=0), weight)
+    last = batch[name]
+    start = (batch.length - last).masked_fill(last < 0, 0)[:, None]
+    at = torch.arange(batch.width, device=batch.device)[None]
+    return (at >= start) & (at < batch.length[:, None])
+
+
+def last_tokens(tokens: Tensor, length: Tensor, count: int) -> Tensor:
+    """int64 [R, count]: of ``tokens`` [R, T] the last one of each row, the one before, ...; NO_TOKEN where none is.
+
+    Tokens below zero count as none.
+    """
+    import torch
+
+    if tokens.shape[1] == 0:
+        return tokens.new_full((tokens.shape[0], count), NO_TOKEN)
+    at = length[:, None] - 1 - torch.arange(count, device=tokens.device)
+    found = tokens.gather(1, at.clamp(min=0))
+    return found.masked_fill((at < 0) | (found < 0), NO_TOKEN)
+
+
+def numbers(values: Sequence[Value]) -> Tensor:
+    """The column of a plain number, for parts that prepare some of their parameters themselves."""
+    import torch
+
+    dtype: torch.dtype = torch.float64 if any(isinstance(value, float) for value in values) else torch.int64
+    return torch.tensor(list(values), dtype=dtype)
+
+
+def largest(batch: Batch, name: str) -> int:
+    """An upper bound of an integer parameter, without asking the device where the host knows it."""
+    known = [value for value in batch.values.get(name, ()) if isinstance(value, int)]
+    return max(known) if known else int(batch[name].max())
+
+
+def _only(batch: Batch, counted: Tensor) -> Tensor:
+    """Token ids [R, width] with the row's last token in place of those that do not count.
+
+    The last token counts wherever any does, so writing a function of a token's score at these ids repeats what is
+    written anyway. Rows where none counts must write the score itself.
+    """
+    tokens = batch.tokens
+    last = tokens.gather(1, (batch.length - 1).clamp(min=0)[:, None]).clamp(min=0)
+    return tokens.where(counted, last)

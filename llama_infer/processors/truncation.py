@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..candidates import Candidates
 
 TRUNCATION: frozenset[Trait] = frozenset({"pure", "keeps_argmax", "row_independent"})
-_WINDOW = 1024
+_WINDOW = 1000
 """How many of the likeliest tokens :class:`TopP` looks at before it falls back to all of them."""
 
 

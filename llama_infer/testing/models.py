@@ -1,10 +1,10 @@
-"""For the tests of plug-ins: a tiny random Llama and a tokenizer of bytes, made in memory."""
+"""A tiny random Llama and a tokenizer of bytes, made in memory."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import ParameterError
+from ..errors import ParameterError
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

@@ -1,0 +1,170 @@
+"""What truncations ask of whole rows of logits: sums over the vocabulary, and fast ways to drop what a limit excludes.
+
+On the CPU rows are worked on a few at a time, so that they stay in the processor's cache and a row's numbers are the
+same alone or in company. Sums run in float64 ("wide"): their order does not show. Tokens at -inf count as absent; a row
+without any finite token gives numbers that exclude nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BLOCK = 1 << 15
+"""Elements worked on at once; below torch's threshold for splitting a sum among threads."""
+_LOWEST = -1000.0
+"""Stands in for -inf where it is multiplied by its probability, which is 0 at this distance already."""
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float64, or in float32 on Apple's GPUs, which have no other."""
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()
+
+
+def by_blocks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """``function`` of the tensors [R, ...], called on few rows at a time on the CPU; its results [r, ...] joined."""
+    import torch
+
+    first = tensors[0]
+    rows = max(1, _BLOCK // max(1, first.shape[1]))
+    if first.device.type != "cpu" or first.shape[0] <= rows:
+        return function(*tensors)
+    parts = [function(*block) for block in zip(*(tensor.split(rows) for tensor in tensors), strict=True)]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def mapped(function: Callable[..., Tensor], logits: Tensor, *tensors: Tensor) -> Tensor:
+    """``function`` of the logits [R, V] and tensors [R, 1], called on few rows at a time on the CPU: its [R, V]."""
+    import torch
+
+    rows = max(1, _BLOCK // max(1, logits.shape[1]))
+    if logits.device.type != "cpu" or logits.shape[0] <= rows:
+        return function(logits, *tensors)
+    out = torch.empty_like(logits)
+    for result, *block in zip(out.split(rows), logits.split(rows), *(t.split(rows) for t in tensors), strict=True):
+        result.copy_(function(*block))
+    return out
+
+
+def total(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row [R, V]: the largest logit and ``log(sum(exp(logits)))``, wide [R, 1] both."""
+    return by_blocks(_total, logits)  # type: ignore[return-value]
+
+
+def collision(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`total`, and the logarithm of the probabilities' sum of squares."""
+    return by_blocks(_collision, logits)  # type: ignore[return-value]
+
+
+def entropy(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`total`, and the entropy in nats."""
+    return by_blocks(_entropy, logits)  # type: ignore[return-value]
+
+
+def deviation(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row: the largest logit and the (population) standard deviation of its finite ones, wide [R, 1]."""
+    return by_blocks(_deviation, logits)  # type: ignore[return-value]
+
+
+def drop_below(logits: Tensor, limit: Tensor) -> Tensor:
+    """The logits [R, V] with -inf where they are below their row's ``limit`` [R, 1]; a limit of NaN drops none.
+
+    On the CPU by row: one pass without branches, which is 20 times faster than ``masked_fill``.
+    """
+    import torch
+
+    limit = limit.to(logits.dtype)
+    if logits.device.type != "cpu":
+        return torch.where(logits < limit, -math.inf, logits)
+    out = torch.empty_like(logits)
+    below = limit.nextafter(torch.full_like(limit, -math.inf))[:, 0].tolist()
+    for row, (result, last) in enumerate(zip(out, below, strict=True)):
+        torch.ops.aten.threshold.out(logits[row], last, -math.inf, out=result)
+    return out
+
+
+def drop_above(logits: Tensor, limit: Tensor) -> Tensor:
+    """The logits [R, V] with -inf where they are above their row's ``limit`` [R, 1]; +inf drops none."""
+    import torch
+
+    if logits.device.type != "cpu":
+        return torch.where(logits > limit, -math.inf, logits)
+    out = logits.clone()
+    below = limit.neg().nextafter(torch.full_like(limit, -math.inf))[:, 0].tolist()
+    for row, last in zip(out, below, strict=True):
+        if last > -math.inf:
+            torch.ops.aten.threshold_(row.neg_(), last, math.inf).neg_()
+    return out
+
+
+def least_above(logits: Tensor, limit: Tensor) -> Tensor:
+    """The smallest logit of each row that is at least ``limit`` [R, 1] and finite; +inf where there is none."""
+    import torch
+
+    limit = limit.to(logits.dtype).clamp(min=torch.finfo(logits.dtype).min)
+    if logits.device.type != "cpu":
+        return torch.where(logits < limit, math.inf, logits).amin(-1, keepdim=True)
+    below = limit.nextafter(torch.full_like(limit, -math.inf))[:, 0].tolist()
+    rows = [torch.ops.aten.threshold(row, last, math.inf).amin() for row, last in zip(logits, below, strict=True)]
+    return torch.stack(rows)[:, None]
+
+
+def descending(logits: Tensor) -> Tensor:
+    """The rows in descending order."""
+    import torch
+
+    if logits.device.type != "cpu":
+        return logits.sort(-1, descending=True).values
+    import numpy
+
+    return torch.from_numpy(numpy.sort(logits.numpy(force=True), axis=-1)).flip(-1)  # 10 times faster than torch's
+
+
+def _shifted(block: Tensor) -> tuple[Tensor, Tensor]:
+    """The block less its rows' largest logits, and those [r, 1] (0 where none is finite)."""
+    largest = block.amax(-1, keepdim=True)
+    base = largest.where(largest.isfinite(), largest.new_zeros(()))
+    return block - base, wide(base)
+
+
+def _total(block: Tensor) -> tuple[Tensor, Tensor]:
+
+    shifted, base = _shifted(block)
+    return base, base + shifted.exp_().sum(-1, keepdim=True, dtype=base.dtype).log()
+
+
+def _collision(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+
+    shifted, base = _shifted(block)
+    log_sum = shifted.exp_().sum(-1, keepdim=True, dtype=base.dtype).log()
+    squares = shifted.square_().sum(-1, keepdim=True, dtype=base.dtype).log()
+    return base, base + log_sum, squares - 2 * log_sum
+
+
+def _entropy(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+
+    shifted, base = _shifted(block)
+    weights = shifted.clamp_(min=_LOWEST).exp()
+    weight = weights.sum(-1, keepdim=True, dtype=base.dtype)
+    spread = weights.mul_(shifted).sum(-1, keepdim=True, dtype=base.dtype) / weight
+    return base, base + weight.log(), (weight.log() - spread).clamp(min=0)
+
+
+def _deviation(block: Tensor) -> tuple[Tensor, Tensor]:
+
+    shifted, base = _shifted(block)
+    count: Tensor | int = block.shape[1]
+    absent = None
+    if block.device.type != "cpu" or bool((block.amin(-1) == -math.inf).any()):
+        absent = shifted == -math.inf
+        shifted = shifted.masked_fill_(absent, 0)
+        count = wide((~absent).sum(-1, keepdim=True))
+    mean = shifted.sum(-1, keepdim=True, dtype=base.dtype) / count
+    shifted = shifted.sub_(mean.to(shifted.dtype))
+    if absent is not None:
+        shifted = shifted.masked_fill_(absent, 0)
+    return base, (shifted.square_().sum(-1, keepdim=True, dtype=base.dtype) / count).sqrt()
