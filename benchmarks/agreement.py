@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from checkpoints import build
 from contenders import loop, ours
+from models import build
 from workload import Job, w1
 
 LEAST_TEACHER_FORCED = 0.95

@@ -20,8 +20,8 @@ from typing import Any
 import agreement
 import torch
 import transformers
-from checkpoints import SHAPES, build
 from contenders import PEERS, Contender, ours
+from models import SHAPES, build
 from workload import Job, useful_tokens, w1
 
 import llama_infer
