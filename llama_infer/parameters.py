@@ -65,7 +65,6 @@ _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "renormalize_logits": (False,),
     "remove_invalid_values": (False,),
     "token_healing": (False,),
-    "prefill_chunk_size": (),
 }
 _SKIPPED = ("_from_model_config", "_commit_hash", "transformers_version", "do_sample")
 _TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")

@@ -65,6 +65,14 @@ class Param:
             return self.kind
         return dict if isinstance(self.default, Mapping) else type(self.default)
 
+    def accepts(self, value: Value) -> bool:
+        """Whether :meth:`validate` would take the value."""
+        try:
+            self.validate("", value)
+        except ParameterError:
+            return False
+        return True
+
     def validate(self, name: str, value: Value) -> Value:
         """The value in canonical form (lists become tuples, ints floats where floats are due), or ParameterError."""
         if value is None and self.default is None:
@@ -98,7 +106,7 @@ def _convert(name: str, value: Value, kind: type) -> Value:
         if isinstance(value, str):
             return (value,)
         if isinstance(value, Sequence) and not isinstance(value, bytes):
-            return tuple(value)
+            return tuple(tuple(item) if isinstance(item, list) else item for item in value)
     if kind is dict and isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, kind):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
 from . import registry
-from .errors import LlamaInferError, ParameterError, PromptError, UnknownParameterError, UnsupportedError, suggest
+from .calls import is_one_prompt, merge, per_prompt, serve
+from .errors import ParameterError, PromptError, UnknownParameterError, UnsupportedError, suggest
 from .parameters import Setting, declare, from_checkpoint, resolve, validate
 from .parts import Context, LoadedModel, Param
-from .types import Chunk, Completion, Event, Message, PromptLike, Request, Value, as_prompt
+from .types import Chunk, Completion, Event, PromptLike, Request, Value, as_prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,6 @@ DEFAULT_PROCESSORS = (
 )
 """The order is the order in which they run."""
 DEFAULT_STOPPING = ("end", "length", "text", "regex", "max_time", "loops")
-_END: Any = object()
 _BATCH_SIZE = {"cpu": 32, "cuda": 128, "mps": 32}
 
 
@@ -174,7 +173,7 @@ class Pipeline:
         Raises ParameterError or PromptError for a bad request before anything is decoded. A request that fails while
         it is decoded comes back with ``finish_reason="error"``.
         """
-        single = _is_one_prompt(prompts)
+        single = is_one_prompt(prompts)
         listed = list(prompts) if isinstance(prompts, Iterable) and not single else [prompts]
         if not listed:
             raise PromptError("the list of prompts is empty")
@@ -197,7 +196,7 @@ class Pipeline:
 
         Raises at once for a bad request, and in the middle when decoding fails.
         """
-        if not _is_one_prompt(prompt):
+        if not is_one_prompt(prompt):
             raise PromptError("stream takes one prompt; use run for many")
         (request,) = self._requests([prompt], True, generation_config, params)
         engine = built_backend(self).open(self._assembly)
@@ -212,7 +211,7 @@ class Pipeline:
         """
         engine = built_backend(self).open(self._assembly)
         try:
-            yield from _serve(engine, iter(requests), self._assembly.batch_size, ordered)
+            yield from serve(engine, iter(requests), self._assembly.batch_size, ordered)
         finally:
             engine.close()
 
@@ -224,7 +223,7 @@ class Pipeline:
 
     def explain(self, generation_config: Any = None, **params: Value) -> Explanation:
         """Every effective parameter and where it comes from: the call, the pipeline, the checkpoint, or a default."""
-        given = validate(self.declared, _merge(generation_config, params, self.declared))
+        given = validate(self.declared, merge(generation_config, params, self.declared))
         return Explanation(resolve(self.declared, ("call", given), *self._layers))
 
     def replace(self, **parts: Any) -> Pipeline:
@@ -252,7 +251,7 @@ class Pipeline:
     def _requests(
         self, prompts: Sequence[Any], single: bool, generation_config: Any, params: Mapping[str, Value]
     ) -> list[Request]:
-        rows = _per_prompt(_merge(generation_config, params, self.declared), self.declared, len(prompts), single)
+        rows = per_prompt(merge(generation_config, params, self.declared), self.declared, len(prompts), single)
         return [Request(as_prompt(prompt), row) for prompt, row in zip(prompts, rows, strict=True)]
 
     def _chunks(self, engine: Any) -> Iterator[Chunk]:
@@ -327,7 +326,7 @@ def transform_logits(
     # The sampler's temperature is the same parameter; it is declared even when no processor of the chain reads it.
     declared = declare([*parts.processors, registry.resolve("sampler", "categorical")])
     defaults = {name: setting.value for name, setting in resolve(declared).items()}
-    rows = [{**defaults, **validate(declared, row)} for row in _per_prompt(params, declared, count, False)]
+    rows = [{**defaults, **validate(declared, row)} for row in per_prompt(params, declared, count, False)]
     batch = make_batch(chain, declared, rows, history, prompt_lengths=lengths, device=logits.device)
     return chain.scores(logits, batch)
 
@@ -356,74 +355,3 @@ def _as_tuple(slot: Any) -> tuple[Any, ...]:
     if slot is None:
         return ()
     return tuple(slot) if isinstance(slot, (list, tuple)) else (slot,)
-
-
-def _is_one_prompt(given: Any) -> bool:
-    if isinstance(given, str):
-        return True
-    if getattr(given, "ndim", 0) == 1:
-        return True
-    if not isinstance(given, Sequence) or not given:
-        return False
-    ids = all(isinstance(item, int) and not isinstance(item, bool) for item in given)
-    return ids or all(isinstance(item, (Message, Mapping)) for item in given)
-
-
-def _merge(generation_config: Any, params: Mapping[str, Value], declared: Mapping[str, Param]) -> dict[str, Value]:
-    """A ``GenerationConfig`` and the parameters given beside it, which count more."""
-    return {**(validate(declared, generation_config) if generation_config is not None else {}), **params}
-
-
-def _per_prompt(
-    params: Mapping[str, Value], declared: Mapping[str, Param], count: int, single: bool
-) -> list[dict[str, Value]]:
-    """The parameters of each prompt: a list stands for one value a prompt where the parameter itself is no list."""
-    rows: list[dict[str, Value]] = [{} for _ in range(count)]
-    for name, value in params.items():
-        kind = declared[name].type if name in declared else object
-        if hasattr(value, "tolist"):
-            value = value.tolist()
-        listed = isinstance(value, (list, tuple))
-        if listed and kind is tuple:
-            listed = any(isinstance(item, (list, tuple)) for item in value)
-        if listed and name in declared and (single or len(value) != count):
-            raise ParameterError(
-                f"{name} has {len(value)} values for {count} prompt{'s' if count > 1 else ''}: give one value, or one "
-                "for each prompt of a list"
-            )
-        for row, item in zip(rows, value if listed and name in declared else [value] * count, strict=True):
-            row[name] = item
-    return rows
-
-
-def _serve(engine: Any, requests: Iterator[Request], batch_size: int, ordered: bool) -> Iterator[Completion]:
-    """Keeps the engine fed, and the undelivered results few."""
-    order: deque[str] = deque()  # what was taken and not delivered, in the order given
-    done: dict[str, Completion] = {}
-    exhausted, refused = False, 0
-    while True:
-        while not exhausted and len(order) < 4 * batch_size and len(order) - len(done) < 2 * batch_size:
-            request = next(requests, _END)
-            if request is _END:
-                exhausted = True
-                break
-            if not isinstance(request, Request):
-                raise PromptError(f"run takes Request objects, not a {type(request).__name__}: write Request(prompt)")
-            try:
-                if request.id in order:
-                    raise ParameterError(f"a request with the id {request.id!r} is being served: choose another id")
-                order.append(engine.add(request))
-            except LlamaInferError as error:
-                refused += 1
-                order.append(f"\0refused {refused}")
-                done[order[-1]] = Completion(request, finish_reason="error", error=error)
-        if engine.busy and len(done) < len(order):
-            for event in engine.step():
-                if isinstance(event, Completion):
-                    done[event.request.id] = event
-        while done and order and (order[0] in done or not ordered):
-            key = order[0] if ordered else next(iter(done))
-            order.remove(key)
-            yield done.pop(key)
-        if exhausted and not order:
-            return

@@ -15,7 +15,7 @@ LAYERS = [
     {"samplers", "stopping", "foreign", "processors", "strategies", "cache", "models", "prompts"},
     {"engine"},
     {"backends"},
-    {"assembly", "pipeline", "chat", "jobs"},
+    {"assembly", "calls", "pipeline", "chat", "jobs"},
     {"commands", "cli"},
 ]
 KINDS = LAYERS[2]

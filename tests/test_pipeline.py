@@ -343,3 +343,15 @@ def test_transformers_processors_that_are_bound_to_a_batch_are_refused(pipe):
                 pipe.replace(processors=(given,))
     with pytest.raises(UnsupportedError, match="min_new_tokens"):
         pipe.replace(processors=bound[0])
+
+
+def test_a_list_of_lists_is_one_value_where_the_parameter_takes_it(pipe):
+    """``bad_words_ids`` is a list of lists itself; a list of those is one a prompt."""
+    from transformers import GenerationConfig
+
+    banned = pipe("abc", temperature=0, max_new_tokens=1).token_ids[0]
+    assert pipe("abc", temperature=0, max_new_tokens=1, bad_words_ids=[[banned]]).token_ids[0] != banned
+    first, second = pipe(["abc", "abc"], temperature=0, max_new_tokens=1, bad_words_ids=[[[banned]], []])
+    assert first.token_ids[0] != banned == second.token_ids[0]
+    config = GenerationConfig(bad_words_ids=[[banned]], max_new_tokens=1, do_sample=False)
+    assert pipe("abc", config).token_ids[0] != banned

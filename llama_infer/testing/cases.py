@@ -77,9 +77,10 @@ def sampling_step(
     """
     import torch
 
+    from ..calls import per_prompt
     from ..chain import Chain
     from ..columns import make_batch
-    from ..pipeline import DEFAULT_PROCESSORS, _parts, _per_prompt
+    from ..pipeline import DEFAULT_PROCESSORS, _parts
 
     count = logits.shape[0]
     chosen = _parts(DEFAULT_PROCESSORS if processors is None else processors, sampler, (), "sample")
@@ -90,7 +91,7 @@ def sampling_step(
     batch = make_batch(
         chain,
         declared,
-        [{**defaults, **validate(declared, row)} for row in _per_prompt(params, declared, count, False)],
+        [{**defaults, **validate(declared, row)} for row in per_prompt(params, declared, count, False)],
         [[]] * count if tokens is None else [list(row) for row in tokens],
         prompt_lengths=[0] * count,
         seeds=range(count),
