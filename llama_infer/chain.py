@@ -74,8 +74,8 @@ class Chain:
         active = self._active(batch)
         accepting = [part for part in (*active, self.sampler) if hasattr(part, "accept")]
         if self.windows and not accepting and logits.device.type == "cpu":
-            head, tail = _split(active)
             if hasattr(self.sampler, "choose") and any(_truncates(part) for part in active):
+                head, tail = _split(active)
                 return Choice(self._choose(_apply(head, logits, batch), batch, tail), {})
         scores = _apply(active, logits, batch)
         tokens = self._sample(scores, batch)

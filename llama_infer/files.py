@@ -153,10 +153,11 @@ class FileLock:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._descriptor = None if fcntl is None else self._acquire()
+        self._descriptor = self._acquire()
 
-    def _acquire(self) -> int:
-        assert fcntl is not None  # for mypy
+    def _acquire(self) -> int | None:
+        if fcntl is None:
+            return None
         while True:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             try:

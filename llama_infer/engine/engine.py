@@ -81,6 +81,7 @@ class LocalEngine:
         self._batch: Batch | None = None
         self._rows: list[LiveSequence] = []
         self._events: list[Event] = []
+        self._ids: set[str] = set()  # of what waits or runs: asked at every add
         self._added = 0
 
     @property
@@ -97,7 +98,7 @@ class LocalEngine:
         self._check_prompt(prompt, params)
         self._added += 1
         request = replace(request, id=request.id or f"#{self._added}")
-        if request.id in {task.request.id for task in self._tasks()}:
+        if request.id in self._ids:
             raise ParameterError(f"a request with the id {request.id!r} is being served already: choose another id")
         seed = params["seed"] if params["seed"] is not None else secrets.randbits(53)
         task = Task(request, self._added, params, prompt, seed, self._a.strategy.width(params))
@@ -105,6 +106,7 @@ class LocalEngine:
             self._events.append(Completion(request, prompt_token_ids=prompt, seed=seed, finish_reason="length"))
         else:
             self._scheduler.waiting.append(task)
+            self._ids.add(request.id)
         return request.id
 
     @torch.no_grad()
@@ -130,6 +132,7 @@ class LocalEngine:
         """Ends a request now; its completion, with what it has, comes with the next step. Unknown ids are ignored."""
         for task in [task for task in self._scheduler.waiting if task.request.id == id]:
             self._scheduler.waiting.remove(task)
+            self._ids.discard(id)
             self._events.append(
                 Completion(task.request, prompt_token_ids=task.prompt_token_ids, seed=task.seed, finish_reason="abort")
             )
@@ -144,6 +147,7 @@ class LocalEngine:
         """Forgets everything; nothing more comes."""
         self._rows, self._batch, self._events = [], None, []
         self._scheduler.waiting.clear()
+        self._ids.clear()
         self._cache = self._a.cache()
 
     @property
@@ -151,9 +155,6 @@ class LocalEngine:
         if self._batch is None:
             raise PartError("the engine has no rows")
         return self._batch
-
-    def _tasks(self) -> list[Task]:
-        return [*self._scheduler.waiting, *(sequence.task for sequence in self._rows)]
 
     def _check_parts(self, given: Mapping[str, Value], params: Mapping[str, Value]) -> None:
         """Has the parts look at the values: what they refuse must not be found out in a step."""
@@ -286,6 +287,7 @@ class LocalEngine:
         return events
 
     def _complete(self, task: Task) -> Completion:
+        self._ids.discard(task.request.id)
         ranked = self._a.strategy.rank(sorted(task.finished, key=lambda sequence: sequence.branch))
         first, *others = [sequence for sequence in ranked if isinstance(sequence, LiveSequence)]
         return first.completion(task.request, tuple(other.completion(task.request) for other in others))
