@@ -14,6 +14,7 @@ from . import registry
 from .chain import Chain
 from .engine.detokenize import Detokenizer
 from .engine.engine import Assembly
+from .engine.prefix import PrefixCache
 from .errors import UnsupportedError
 from .parts import Context, LoadedModel, Param, Source
 from .types import Prompt, Value
@@ -90,6 +91,7 @@ def assemble(
         batch_size=size,
         lock=shared.lock,
         observers=tuple(pipeline.observers),
+        prefixes=PrefixCache(pipeline.prefix_cache) if pipeline.prefix_cache and hasattr(cache, "paste") else None,
     )
 
 

@@ -93,6 +93,8 @@ class Pipeline:
         observers: called with every event (chunks and completions) of every run.
         params: defaults of this pipeline, a mapping or a transformers ``GenerationConfig``.
         batch_size: rows decoded at once; by default 32 on a CPU, 128 on a GPU.
+        prefix_cache: tokens of earlier prompts and answers whose keys and values are kept for prompts that begin
+            alike, the least recently used out; 0: none. Make a new pipeline after changing the model's weights.
         trust_remote_code: whether a checkpoint may bring its own code.
 
     A part is a name (see ``llama-infer parts``), an object, or a plain function. Raises a
@@ -120,6 +122,7 @@ class Pipeline:
     observers: Sequence[Callable[[Event], None]] = ()
     params: Mapping[str, Value] | GenerationConfig = field(default_factory=dict)
     batch_size: int | None = None
+    prefix_cache: int = 8192
     trust_remote_code: bool = False
     _shared: Shared = field(init=False)
     _assembly: Assembly = field(init=False)
@@ -130,6 +133,8 @@ class Pipeline:
 
         if self.batch_size is not None and self.batch_size < 1:
             raise ParameterError(f"batch_size={self.batch_size!r} is out of range: batch_size >= 1")
+        if not isinstance(self.prefix_cache, int) or self.prefix_cache < 0:
+            raise ParameterError(f"prefix_cache={self.prefix_cache!r} is out of range: a number of tokens, 0 for none")
         parts = _resolve_parts(self)
         declared = declare([*parts.processors, parts.sampler, *parts.stopping, parts.strategy])
         own = validate(declared, self.params)

@@ -111,6 +111,7 @@ class Completion:
         finish_reason: "stop" (end token, stop string, criterion), "length" (``max_new_tokens`` or the context),
             "abort" (cancelled) or "error".
         error: why, when ``finish_reason`` is "error".
+        cached_tokens: how many tokens of the prompt were not fed, because an earlier request had begun with them.
         alternatives: the further samples of ``n``, in order.
     """
 
@@ -123,6 +124,7 @@ class Completion:
     seed: int = 0
     finish_reason: FinishReason = "stop"
     error: LlamaInferError | None = None
+    cached_tokens: int = 0
     alternatives: tuple[Completion, ...] = ()
 
 

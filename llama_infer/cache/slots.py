@@ -70,6 +70,16 @@ class SlotCache:
             for layer in self._layers:
                 layer.move(moved, [index[row] for row in moved], width)
 
+    def copy(self, row: int, start: int, end: int) -> list[tuple[Tensor, Tensor]]:
+        """A row's keys and values of the tokens ``start``..``end`` (exclusive), layer by layer, for :meth:`paste`."""
+        return [layer.copy(row, start, end) for layer in self._layers]
+
+    def paste(self, row: int, at: int, kept: Sequence[tuple[Tensor, Tensor]], count: int) -> None:
+        """Gives a row, from token ``at`` on, the first ``count`` tokens of a copy; that much counts as held."""
+        for layer, states in zip(self._layers, kept, strict=True):
+            layer.paste(row, at, states, count)
+        self.lengths[row] = at + count
+
     def erase(self, rows: Sequence[int]) -> None:
         """Empties slots for good: NaN left behind would reach the slot's next owner through masked attention."""
         for layer in self._layers:
@@ -85,9 +95,7 @@ class SlotLayer(DynamicLayer):
         """Writes the packed tokens [1, kv heads, N, head_dim] where they belong; returns all rows up to the width."""
         layout = self.layout
         rows, width = len(layout.spans), layout.width
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self._keys, self._values = (t.new_zeros(0, t.shape[1], 0, t.shape[3]) for t in (key_states, value_states))
+        self._make(key_states, value_states)
         self._reserve(rows, width)
         for buffer, states in ((self._keys, key_states), (self._values, value_states)):
             buffer[layout.rows, :, layout.positions] = states[0].transpose(0, 1)
@@ -104,10 +112,24 @@ class SlotLayer(DynamicLayer):
             for buffer in (self._keys, self._values):
                 buffer[targets, :, :width] = buffer[sources, :, :width]
 
+    def copy(self, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        return self._keys[row, :, start:end].clone(), self._values[row, :, start:end].clone()
+
+    def paste(self, row: int, at: int, states: tuple[Tensor, Tensor], count: int) -> None:
+        self._make(states[0][None], states[1][None])
+        self._reserve(row + 1, at + count)
+        for buffer, held in zip((self._keys, self._values), states, strict=True):
+            buffer[row, :, at : at + count] = held[:, :count]
+
     def erase(self, rows: Sequence[int]) -> None:
         if self.is_initialized:
             for buffer in (self._keys, self._values):
                 buffer[list(rows)] = 0
+
+    def _make(self, keys: Tensor, values: Tensor) -> None:
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self._keys, self._values = (t.new_zeros(0, t.shape[1], 0, t.shape[3]) for t in (keys, values))
 
     def _reserve(self, slots: int, tokens: int) -> None:
         held = self._keys.shape

@@ -27,6 +27,7 @@ from ..parameters import validate
 from ..parts import LoadedModel, Param, Strategy
 from ..types import Completion, Event, Prompt, Request, TokenLogprob, Value
 from .detokenize import Detokenizer
+from .prefix import PrefixCache, Prefixes
 from .runner import Runner
 from .scheduler import Scheduler
 from .sequence import LiveSequence, Task, own_criteria
@@ -41,6 +42,7 @@ class Assembly:
         declared: every parameter; defaults: its value where a request says nothing.
         cache: makes an empty cache for the model.
         lock: held during a step, so that engines in several threads take turns on one model.
+        prefixes: what the pipeline's engines share of earlier prompts; None: nothing.
     """
 
     loaded: LoadedModel
@@ -56,6 +58,7 @@ class Assembly:
     batch_size: int
     lock: Any
     observers: Sequence[Callable[[Event], None]] = ()
+    prefixes: PrefixCache | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class LocalEngine:
         self._scheduler = Scheduler(assembly.batch_size)
         self._runner = Runner(assembly.loaded)
         self._cache = assembly.cache()
+        self._prefixes = Prefixes(assembly.prefixes)
         self._batch: Batch | None = None
         self._rows: list[LiveSequence] = []
         self._events: list[Event] = []
@@ -113,6 +117,7 @@ class LocalEngine:
     def step(self) -> list[Event]:
         """Feeds every row once and returns what came of it: chunks, and completions of requests that ended."""
         with self._a.lock:
+            self._prefixes.keep_prompts(self._rows, self._cache)
             self._admit()
             events, self._events = self._events, []
             if self._rows:
@@ -200,7 +205,9 @@ class LocalEngine:
             self._rows.append(LiveSequence(task, self._a.detokenizer.stream(), own_criteria(self._a.stopping)))
 
     def _layout(self) -> Layout:
-        return Layout(tuple(self._scheduler.spans(self._rows, self._cache.lengths)), self._a.loaded.device)
+        waiting = self._prefixes.reuse(self._rows, self._cache)
+        spans = self._scheduler.spans(self._rows, self._cache.lengths, waiting)
+        return Layout(tuple(spans), self._a.loaded.device)
 
     def _read(self, plan: Plan, output: Output) -> _Settled:
         """The one synchronisation of a step."""
@@ -241,6 +248,8 @@ class LocalEngine:
             else:
                 top = tuple(step.top[row][: sequence.params["logprobs"]]) if step.top else ()
                 events.append(sequence.append(token, logprob, top))
+                if sequence.finish_reason is not None:
+                    self._prefixes.keep(row, sequence, self._cache)
             if sequence.finish_reason is not None:
                 done.append(row)
         if failed:

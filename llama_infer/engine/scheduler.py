@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ..layout import Span
 from .sequence import LiveSequence, Task
@@ -32,13 +32,13 @@ class Scheduler:
             used += joining[-1].width
         return joining
 
-    def spans(self, live: Sequence[LiveSequence], held: Sequence[int]) -> list[Span]:
-        """What each row feeds, given how many tokens the cache holds of it."""
-        missing = [len(s.prompt_token_ids) + len(s.token_ids) - old for s, old in zip(live, held, strict=True)]
+    def spans(self, live: Sequence[LiveSequence], held: Sequence[int], waiting: Collection[int] = ()) -> list[Span]:
+        """What each row feeds, given how many tokens the cache holds of it; those ``waiting`` feed nothing."""
         room = self.chunk if any(sequence.token_ids for sequence in live) else self.idle_chunk
         spans = []
-        for old, lacking in zip(held, missing, strict=True):
-            new = lacking if lacking == 1 else min(lacking, room)
+        for row, (sequence, old) in enumerate(zip(live, held, strict=True)):
+            lacking = sequence.known - old
+            new = lacking if lacking == 1 else 0 if row in waiting else min(lacking, room)
             room -= new if lacking > 1 else 0
             spans.append(Span(old, new, new == lacking))
         return spans

@@ -21,6 +21,7 @@ class Task:
         number: equal for all rows of the request and for no other live one.
         width: rows that it may hold at once.
         running: how many of its sequences are live; finished: the others.
+        kept: whether the prefix cache has had its prompt.
     """
 
     request: Request
@@ -31,6 +32,7 @@ class Task:
     width: int
     running: int = 1
     finished: list[LiveSequence] = field(default_factory=list)
+    kept: bool = False
 
 
 def own_criteria(criteria: Sequence[Any]) -> list[Any]:
@@ -51,6 +53,8 @@ class LiveSequence:
         self.text_before = 0
         self.finish_reason: FinishReason | None = None
         self.error: LlamaInferError | None = None
+        self.cached = 0  # tokens taken over from the prefix cache
+        self.frontier: Any = None  # the first block that it did not know
         self._stream = stream
         self._criteria = criteria
         self._emitted = 0
@@ -65,6 +69,15 @@ class LiveSequence:
     def params(self) -> Mapping[str, Value]:
         """Every parameter's effective value."""
         return self.task.params
+
+    @property
+    def known(self) -> int:
+        """How many tokens there are, prompt and answer."""
+        return len(self.task.prompt_token_ids) + len(self.token_ids)
+
+    def tokens(self) -> tuple[int, ...]:
+        """Prompt and answer."""
+        return (*self.task.prompt_token_ids, *self.token_ids)
 
     def fork(self) -> LiveSequence:
         """A sibling with the same past."""
@@ -108,6 +121,7 @@ class LiveSequence:
             seed=self.task.seed,
             finish_reason=self.finish_reason or "abort",
             error=self.error,
+            cached_tokens=min(self.cached, len(self.prompt_token_ids)),
             alternatives=alternatives,
         )
 
