@@ -112,7 +112,7 @@ def _install_attention(loaded: LoadedModel) -> None:
     """Ours, which leaves anybody else's calls on the model as they were; models that refuse it keep their own."""
     from .models import attention
 
-    if attention.refusal(loaded.model.config) is None:
+    if attention.refusal(loaded.model) is None:
         attention.install(loaded.model, loaded.attention)
 
 

@@ -23,6 +23,7 @@ A message says what was given, what is known, and what to do.
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
 
 
@@ -94,3 +95,11 @@ def suggest(given: str, known: Iterable[str]) -> str:
     """How a sentence ends: ``"; did you mean 'top_p'?"`` when a known name is close to the given one, else ``"."``."""
     close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def release(error: BaseException | None) -> None:
+    """Empties the frames that an exception and its causes passed through, which else keep what was half loaded alive
+    for as long as somebody holds the exception (a notebook, a debugger, a test)."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)  # those that still run are left as they are
+        error = error.__cause__ or error.__context__

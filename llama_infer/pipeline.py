@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from . import registry
 from .calls import is_one_prompt, merge, per_prompt, serve
-from .errors import ParameterError, PromptError, UnknownParameterError, UnsupportedError, suggest
+from .errors import ParameterError, PromptError, UnknownParameterError, UnsupportedError, release, suggest
 from .parameters import Setting, declare, from_checkpoint, resolve, validate
 from .parts import Context, LoadedModel, Param
 from .types import Chunk, Completion, Event, PromptLike, Request, Value, as_prompt
@@ -129,6 +129,15 @@ class Pipeline:
     _layers: tuple[tuple[str, Mapping[str, Value]], ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        try:
+            self._build()
+        except BaseException as error:
+            self.__dict__.pop("_shared", None)
+            self.__dict__.pop("_assembly", None)
+            release(error)
+            raise
+
+    def _build(self) -> None:
         from . import assembly
 
         if self.batch_size is not None and self.batch_size < 1:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import pickle
 import shutil
 import struct
+import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 from checkpoints import edit_header, edit_json, write_checkpoint
 
+from llama_infer import Pipeline
 from llama_infer.errors import LoadingError, UnsafeCheckpointError
 from llama_infer.models.checks import check_checkpoint, check_vocabulary
 from llama_infer.models.loaders import AutoLoader
@@ -219,3 +223,79 @@ def test_tokenizer_of_another_model(tmp_path, whole):
     check_vocabulary(small, {"a": 199}, 200)
     check_vocabulary(small, {"a": 999}, None)
     check_vocabulary(small, {}, 1)
+
+
+def test_refusals_need_no_torch(folder, tmp_path):
+    """What is refused costs no time: neither torch nor transformers is loaded, and nobody is asked."""
+    remote = Path(shutil.copytree(folder, tmp_path / "remote"))
+    edit_json(remote / "config.json", auto_map={"AutoConfig": "evil.Config"})
+    kernel = Path(shutil.copytree(folder, tmp_path / "kernel"))
+    edit_json(kernel / "config.json", _attn_implementation_internal="somebody/kernel")
+    pickled = Path(shutil.copytree(folder, tmp_path / "pickled"))
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    code = (
+        "import sys\nfrom llama_infer.models.loaders import AutoLoader\nfrom llama_infer.parts import Source\n"
+        "from llama_infer.errors import UnsafeCheckpointError\n"
+        "for folder in sys.argv[1:]:\n"
+        "    try:\n        AutoLoader()(Source(folder))\n"
+        "    except UnsafeCheckpointError as error:\n        print(error)\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    run = [sys.executable, "-c", code, str(remote), str(kernel), str(pickled)]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
+    *refused, loaded = done.stdout.splitlines()
+    for reason, line in zip(("auto_map", "somebody/kernel", "pickled weights"), refused, strict=True):
+        assert reason in line
+    assert loaded == "[]"
+
+
+class Watch:
+    """Remembers the models that came into being while something was loaded."""
+
+    def __init__(self, monkeypatch):
+        from transformers import LlamaForCausalLM
+
+        self.seen: list[weakref.ref] = []
+        original = LlamaForCausalLM.__init__
+
+        def spy(model, *args, **options):
+            original(model, *args, **options)
+            self.seen.append(weakref.ref(model))
+
+        monkeypatch.setattr(LlamaForCausalLM, "__init__", spy)
+
+    def assert_gone(self):
+        gc.collect()
+        assert self.seen and not any(reference() is not None for reference in self.seen)
+
+
+def lacks_a_tensor(folder):
+    edit_header(folder / "model.safetensors", lambda header: header.update({"x": header.pop("model.norm.weight")}))
+    return {}
+
+
+def cannot_be_packed(folder):
+    edit_json(folder / "config.json", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    return {}
+
+
+def fails_in_transformers(folder):
+    return {"device_map": {"": "cuda:7"}}
+
+
+def fails_in_a_policy(folder):
+    class Policy:
+        def convert(self, model):
+            raise RuntimeError("no room")
+
+    return {"quantization": Policy()}
+
+
+@pytest.mark.parametrize("damage", [lacks_a_tensor, cannot_be_packed, fails_in_transformers, fails_in_a_policy])
+def test_what_fails_to_load_leaves_no_memory_behind(folder, monkeypatch, damage):
+    """Not even while the exception is held, as a notebook does."""
+    watch = Watch(monkeypatch)
+    with pytest.raises(Exception) as caught:  # noqa: B017
+        Pipeline(str(folder), **damage(folder))
+    watch.assert_gone()
+    assert caught.value is not None

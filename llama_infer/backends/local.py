@@ -15,10 +15,13 @@ class LocalBackend:
     name = "local"
 
     def unsupported(self, assembly: Assembly) -> Sequence[str]:
-        """Why this pipeline cannot be run here, reason by reason: the attention that cannot be packed."""
-        from ..models.attention import refusal
+        """Why this pipeline cannot be run here, reason by reason: no cache, or an attention that cannot be packed."""
+        from ..models.attention import refusal, takes_cache
 
-        reason = refusal(assembly.loaded.model.config) if getattr(assembly.cache(), "packed", False) else None
+        model = assembly.loaded.model
+        if not takes_cache(model):
+            return [f"the forward of {type(model).__name__} takes no past_key_values, where the engine keeps its state"]
+        reason = refusal(model) if getattr(assembly.cache(), "packed", False) else None
         return [f"{reason}: use cache='plain'"] if reason else []
 
     def open(self, assembly: Assembly) -> LocalEngine:

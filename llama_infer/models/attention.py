@@ -7,6 +7,7 @@ call on the same model transformers' own function of that kernel runs with the m
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -42,10 +43,16 @@ def install(model: PreTrainedModel, kernel: str = "sdpa") -> None:
         raise UnsupportedError(f"{type(model).__name__} does not let its attention be replaced: {error}") from error
 
 
-def refusal(config: Any) -> str | None:
-    """Why rows of a model with this configuration cannot be packed into one forward; None when they can."""
-    config = config.get_text_config()
-    for rope in _rope_types(config):
+def takes_cache(model: PreTrainedModel) -> bool:
+    """Whether the model's forward takes ``past_key_values``; a few keep their state in something else."""
+    inner: Any = getattr(model, "get_base_model", lambda: model)()  # what peft wraps
+    return "past_key_values" in inspect.signature(inner.forward).parameters
+
+
+def refusal(model: PreTrainedModel) -> str | None:
+    """Why rows of this model cannot be packed into one forward; None when they can."""
+    config: Any = model.config.get_text_config()
+    for rope in rope_types(config):
         if rope in ("longrope", "dynamic"):
             return f"rope type {rope!r} chooses its frequencies by the longest row of a batch"
     known = {"full_attention", "sliding_attention"}
@@ -55,10 +62,15 @@ def refusal(config: Any) -> str | None:
     for name in ("attn_logit_softcapping", "attention_sink", "num_kv_shared_layers"):
         if getattr(config, name, None):
             return f"its attention uses {name}"
+    if any(hasattr(module, "sinks") for module in model.modules()):
+        return "its attention uses sinks"
+    if not getattr(model, "_supports_attention_backend", False):  # what transformers says of those that it converted
+        return f"{type(model).__name__} has an attention of its own, which ignores the row map"
     return None
 
 
-def _rope_types(config: Any) -> set[str]:
+def rope_types(config: Any) -> set[str]:
+    """Every rope type that a configuration names; layers may have different ones."""
     found = set()
     for rope in (getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)):
         if isinstance(rope, dict):

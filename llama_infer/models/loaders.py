@@ -16,7 +16,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LlamaInferError, LoadingError, MissingDependencyError, ParameterError, UnsupportedError, suggest
+from ..errors import (
+    LlamaInferError,
+    LoadingError,
+    MissingDependencyError,
+    ParameterError,
+    UnsupportedError,
+    release,
+    suggest,
+)
 from ..parts import LoadedModel, Source
 from ..registry import resolve
 from ..types import Value
@@ -59,8 +67,16 @@ class AutoLoader:
         in that order. A folder without tokenizer gives ``tokenizer=None``: only token ids can be prompts then.
 
         Raises LoadingError (UnsafeCheckpointError when code would have to run), ParameterError, UnsupportedError or
-        MissingDependencyError; all of them before the weights are read, where that is possible.
+        MissingDependencyError; all of them before the weights are read, where that is possible. What fails leaves
+        nothing loaded behind.
         """
+        try:
+            return self._load(source)
+        except BaseException as error:
+            release(error)
+            raise
+
+    def _load(self, source: Source) -> LoadedModel:
         if source.device is not None and source.device_map is not None:
             raise UnsupportedError("device and device_map were both given: device_map places every part, leave device")
         name = dtype_name(source.dtype) if source.dtype is not None else None
@@ -257,6 +273,7 @@ def _from_pretrained(folder: Path, options: dict[str, Any], trust: bool) -> PreT
     from transformers import AutoConfig, AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
+    config = None
     try:
         with _quiet():
             # The config apart, because a kernel that config.json names would else win over the one asked for.
@@ -274,7 +291,9 @@ def _from_pretrained(folder: Path, options: dict[str, Any], trust: bool) -> PreT
     except LlamaInferError:
         raise
     except Exception as error:
-        raise LoadingError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+        raise LoadingError(
+            f"{folder} cannot be loaded: {_unknown_rope(error, config) or _first_line(error)}"
+        ) from error
     problems = [
         f"{len(report[kind])} {words} ({', '.join(sorted(_key(key) for key in report[kind])[:3])})"
         for kind, words in (
@@ -288,6 +307,19 @@ def _from_pretrained(folder: Path, options: dict[str, Any], trust: bool) -> PreT
         del model  # the traceback must not keep it alive
         raise LoadingError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems)}")
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _unknown_rope(error: Exception, config: Any) -> str | None:
+    """transformers looks the rope type up and says no more than that it is not there."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from .attention import rope_types
+
+    unknown = rope_types(config) - {"default", *ROPE_INIT_FUNCTIONS} if config is not None else set()
+    if not isinstance(error, KeyError) or unknown.isdisjoint(error.args):
+        return None
+    known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
+    return f"its config.json asks for the rope type {error.args[0]!r}; known: {known}"
 
 
 def _key(found: Any) -> str:
