@@ -294,7 +294,10 @@ class Loader(Protocol):
 
 
 class Quantization(Protocol):
-    """A policy for the weights. Both hooks are optional: the first runs before loading, the second after."""
+    """A policy for the weights. Every hook is optional: two run before loading, the last one after."""
+
+    def check(self, device: torch.device, dtype: torch.dtype | str) -> None:
+        """Raises UnsupportedError for a device or a dtype that it cannot serve."""
 
     def options(self, source: Source) -> Mapping[str, Any]:
         """Keyword arguments for ``from_pretrained`` (a transformers quantization config, a dtype)."""

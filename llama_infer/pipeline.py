@@ -87,7 +87,7 @@ class Pipeline:
         device: "cuda", "mps" or "cpu"; by default the first of them that is there.
         device_map: as in transformers, in place of ``device``.
         attention: "sdpa" (default), "eager" or "flash_attention_2".
-        quantization: a policy, such as "bnb-int8" or "bnb-nf4".
+        quantization: a policy, such as "bnb-int8"; by default "packed" where it exists; "none" leaves the layers alone.
         loader, formatter, sampler, strategy, cache, backend: one part each.
         processors, stopping: any number of parts, in this order.
         observers: called with every event (chunks and completions) of every run.

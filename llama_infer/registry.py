@@ -77,6 +77,8 @@ BUILTIN: dict[Kind, dict[str, str]] = {
     },
     "loader": {"auto": "llama_infer.models.loaders:AutoLoader"},
     "quantization": {
+        "none": "llama_infer.models.quantization:Unchanged",
+        "packed": "llama_infer.models.packed:Packed",
         "bnb-int8": "llama_infer.models.quantization:BitsAndBytesInt8",
         "bnb-nf4": "llama_infer.models.quantization:BitsAndBytesNF4",
     },

@@ -34,7 +34,7 @@ def relative(a, b):
 
 
 def test_int8_is_close_to_bfloat16(folder):
-    whole, _ = logits(folder, None)
+    whole, _ = logits(folder, "none")
     quantised, model = logits(folder, "bnb-int8")
     layer = model.model.layers[0].mlp.up_proj
     assert layer.weight.dtype == torch.int8 and model.lm_head.weight.dtype == torch.bfloat16
@@ -59,7 +59,7 @@ def test_nf4_is_the_arithmetic_of_its_dequantised_weights(tmp_path, hidden_size)
     config = model.config.quantization_config
     assert config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
     assert config.bnb_4bit_compute_dtype == torch.bfloat16
-    whole, reference = logits(tmp_path, None)
+    whole, reference = logits(tmp_path, "none")
     for name, module in reference.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             packed, state = bitsandbytes.functional.quantize_4bit(

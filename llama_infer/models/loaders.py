@@ -6,18 +6,14 @@ transformers, which reads safetensors only and never runs code of a checkpoint u
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import importlib.util
 import os
 import re
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import (
-    LlamaInferError,
     LoadingError,
     MissingDependencyError,
     ParameterError,
@@ -26,7 +22,6 @@ from ..errors import (
     suggest,
 )
 from ..parts import LoadedModel, Source
-from ..registry import resolve
 from ..types import Value
 from .checks import (
     Checkpoint,
@@ -38,7 +33,7 @@ from .checks import (
     read_json,
 )
 from .devices import default_dtype, dtype_name, pick_device
-from .quantization import plain_layouts, prepare_bitsandbytes
+from .weights import first_line, load_model, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +77,7 @@ class AutoLoader:
         name = dtype_name(source.dtype) if source.dtype is not None else None
         trust = bool(source.trust_remote_code)
         checkpoint = check_checkpoint(locate(source.model, source.revision, trust), trust)
-        if source.quantization is not None and checkpoint.quantization:
+        if source.quantization not in (None, "none") and checkpoint.quantization:
             raise UnsupportedError(
                 f"{checkpoint.folder} is already quantised ({checkpoint.quantization}): leave out "
                 f"quantization={source.quantization!r}"
@@ -92,7 +87,7 @@ class AutoLoader:
         attention = _pick_attention(source.attention, device, dtype)
         generation = read_generation(checkpoint.folder)
         tokenizer = _load_tokenizer(source, checkpoint)
-        model = _load_model(source, checkpoint, dtype, attention, device)
+        model = load_model(source, checkpoint, dtype, attention, device)
         return LoadedModel(
             model=model,
             tokenizer=tokenizer,
@@ -181,9 +176,7 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
             f"{model!r} has no revision {revision!r} on the hub: check the name of the branch"
         ) from error
     except Exception as error:  # whatever else the hub or the network may answer
-        raise LoadingError(
-            f"{model!r} is no folder here, and the hub does not give it: {_first_line(error)}"
-        ) from error
+        raise LoadingError(f"{model!r} is no folder here, and the hub does not give it: {first_line(error)}") from error
 
 
 def _pick_dtype(
@@ -236,94 +229,15 @@ def _load_tokenizer(source: Source, checkpoint: Checkpoint) -> PreTrainedTokeniz
     from transformers import AutoTokenizer
 
     try:
-        with _quiet():
+        with quiet():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=bool(source.trust_remote_code), local_files_only=True
             )
         ids = tokenizer.get_vocab()
     except Exception as error:
-        raise LoadingError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+        raise LoadingError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
     check_vocabulary(folder, ids, checkpoint.embedding_rows)
     return tokenizer
-
-
-def _load_model(
-    source: Source, checkpoint: Checkpoint, dtype: torch.dtype | str, attention: str | None, device: torch.device
-) -> PreTrainedModel:
-    policy = resolve("quantization", source.quantization)
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
-    if source.device_map is not None:
-        options["device_map"] = source.device_map
-    elif device.type != "cpu" or policy is not None or checkpoint.quantization:
-        # Straight onto the device. On the CPU that is the default, except for quantisers, which take a GPU they see.
-        options["device_map"] = {"": str(device)}
-    if hasattr(policy, "options"):
-        options.update(policy.options(source))
-    if checkpoint.quantization == "bitsandbytes":
-        prepare_bitsandbytes()
-    model = _from_pretrained(checkpoint.folder, options, bool(source.trust_remote_code))
-    if checkpoint.quantization == "bitsandbytes":
-        plain_layouts(model)
-    if hasattr(policy, "convert"):
-        model = policy.convert(model)
-    return model
-
-
-def _from_pretrained(folder: Path, options: dict[str, Any], trust: bool) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    load: Any = AutoModelForCausalLM.from_pretrained
-    config = None
-    try:
-        with _quiet():
-            # The config apart, because a kernel that config.json names would else win over the one asked for.
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
-            model, report = load(
-                folder,
-                config=config,
-                use_safetensors=True,
-                trust_remote_code=trust,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below, in one line
-                **options,
-            )
-    except LlamaInferError:
-        raise
-    except Exception as error:
-        raise LoadingError(
-            f"{folder} cannot be loaded: {_unknown_rope(error, config) or _first_line(error)}"
-        ) from error
-    problems = [
-        f"{len(report[kind])} {words} ({', '.join(sorted(_key(key) for key in report[kind])[:3])})"
-        for kind, words in (
-            ("missing_keys", "tensors are missing"),
-            ("unexpected_keys", "tensors belong to no part of the model"),
-            ("mismatched_keys", "tensors have another shape than config.json says"),
-        )
-        if report[kind]
-    ]
-    if problems:
-        del model  # the traceback must not keep it alive
-        raise LoadingError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems)}")
-    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
-
-
-def _unknown_rope(error: Exception, config: Any) -> str | None:
-    """transformers looks the rope type up and says no more than that it is not there."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    from .attention import rope_types
-
-    unknown = rope_types(config) - {"default", *ROPE_INIT_FUNCTIONS} if config is not None else set()
-    if not isinstance(error, KeyError) or unknown.isdisjoint(error.args):
-        return None
-    known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
-    return f"its config.json asks for the rope type {error.args[0]!r}; known: {known}"
-
-
-def _key(found: Any) -> str:
-    return found if isinstance(found, str) else f"{found[0]}: {tuple(found[1])} for {tuple(found[2])}"
 
 
 def _entry_device(model: PreTrainedModel) -> torch.device:
@@ -342,24 +256,3 @@ def _known_fields() -> frozenset[str]:
 
     defaults: Any = GenerationConfig
     return frozenset(vars(defaults())) - {"transformers_version"}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers without its advice; a progress bar only on a terminal. What matters comes as an error of ours."""
-    logging: Any = importlib.import_module("transformers.utils.logging")
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(max(verbosity, logging.ERROR))
-    if bars and not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -1,7 +1,7 @@
-"""Policies for the weights: bitsandbytes in 8 and in 4 bits, on the CPU as well as on cuda.
+"""Policies for the weights: none at all, and bitsandbytes in 8 and in 4 bits, on the CPU as well as on cuda.
 
-A policy is any object with ``options(source)``, keyword arguments for ``from_pretrained``, and/or ``convert(model)``,
-called on the loaded model.
+A policy is any object with ``check(device, dtype)``, asked first, ``options(source)``, keyword arguments for
+``from_pretrained``, and/or ``convert(model)``, called on the loaded model.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..parts import Source
+
+
+class Unchanged:
+    """``"none"``: the layers as transformers loads them, without the packing that is the default on x86 processors."""
+
+    def __repr__(self) -> str:
+        return "Unchanged()"
 
 
 class BitsAndBytesInt8:

@@ -1,0 +1,39 @@
+"""Weights that are still in their file: transformers maps safetensors, and pages come in as they are read."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import sys
+
+import torch
+from torch import Tensor
+
+_DONTNEED = 4
+
+
+def release(tensor: Tensor) -> None:
+    """Give back the memory of a tensor that was read from a mapped file; its pages come in again should it be needed.
+
+    Without this they count as this process's until the last tensor of the file is gone. Done on Linux, and only where
+    it cannot change a value: every page is the file's own, none was written to.
+    """
+    if not sys.platform.startswith("linux") or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return
+    page = mmap.PAGESIZE
+    first = -(-tensor.data_ptr() // page)
+    last = (tensor.data_ptr() + tensor.untyped_storage().nbytes()) // page
+    if last > first and tensor.storage_offset() == 0 and _all_of_a_file(first, last):
+        size = ctypes.c_size_t((last - first) * page)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first * page), size, _DONTNEED)
+
+
+def _all_of_a_file(first: int, last: int) -> bool:
+    """Whether no page of that range has contents of its own (from /proc/self/pagemap, eight bytes a page)."""
+    with contextlib.suppress(OSError), open("/proc/self/pagemap", "rb") as file:
+        file.seek(first * 8)
+        entries = torch.frombuffer(bytearray(file.read((last - first) * 8)), dtype=torch.int64)
+        held = (entries >> 62) & 3 != 0  # present, or swapped out
+        return len(entries) == last - first and bool(((entries >> 61) & 1)[held].all())
+    return False

@@ -1,0 +1,133 @@
+"""How weights get into a model: transformers reads them, then a policy has its way with the layers."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LlamaInferError, LoadingError
+from ..parts import Source
+from ..registry import resolve
+from .checks import Checkpoint
+from .quantization import plain_layouts, prepare_bitsandbytes
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def load_model(
+    source: Source, checkpoint: Checkpoint, dtype: torch.dtype | str, attention: str | None, device: torch.device
+) -> PreTrainedModel:
+    """The model of a checkpoint that passed its checks, in eval mode, after its policy (else the automatic one)."""
+    policy = _policy(source, checkpoint, dtype, device)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    if source.device_map is not None:
+        options["device_map"] = source.device_map
+    elif device.type != "cpu" or hasattr(policy, "options") or checkpoint.quantization:
+        # Straight onto the device. On the CPU that is the default, except for quantisers, which take a GPU they see.
+        options["device_map"] = {"": str(device)}
+    if hasattr(policy, "options"):
+        options.update(policy.options(source))
+    if checkpoint.quantization == "bitsandbytes":
+        prepare_bitsandbytes()
+    model = _from_pretrained(checkpoint.folder, options, bool(source.trust_remote_code))
+    if checkpoint.quantization == "bitsandbytes":
+        plain_layouts(model)
+    if hasattr(policy, "convert"):
+        model = policy.convert(model)
+    return model
+
+
+def _policy(source: Source, checkpoint: Checkpoint, dtype: torch.dtype | str, device: torch.device) -> Any:
+    """The policy that was asked for; by default packed layers, where the processor has them."""
+    if source.quantization is None:
+        from .packed import Packed, refusal
+
+        whole = source.device_map is None and not checkpoint.quantization
+        return Packed() if whole and refusal(device, dtype) is None else None
+    policy = resolve("quantization", source.quantization)
+    if hasattr(policy, "check"):
+        policy.check(device, dtype)
+    return policy
+
+
+def _from_pretrained(folder: Path, options: dict[str, Any], trust: bool) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    load: Any = AutoModelForCausalLM.from_pretrained
+    config = None
+    try:
+        with quiet():
+            # The config apart, because a kernel that config.json names would else win over the one asked for.
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
+            model, report = load(
+                folder,
+                config=config,
+                use_safetensors=True,
+                trust_remote_code=trust,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, in one line
+                **options,
+            )
+    except LlamaInferError:
+        raise
+    except Exception as error:
+        raise LoadingError(f"{folder} cannot be loaded: {_unknown_rope(error, config) or first_line(error)}") from error
+    problems = [
+        f"{len(report[kind])} {words} ({', '.join(sorted(_key(key) for key in report[kind])[:3])})"
+        for kind, words in (
+            ("missing_keys", "tensors are missing"),
+            ("unexpected_keys", "tensors belong to no part of the model"),
+            ("mismatched_keys", "tensors have another shape than config.json says"),
+        )
+        if report[kind]
+    ]
+    if problems:
+        del model  # the traceback must not keep it alive
+        raise LoadingError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems)}")
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _unknown_rope(error: Exception, config: Any) -> str | None:
+    """transformers looks the rope type up and says no more than that it is not there."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from .attention import rope_types
+
+    unknown = rope_types(config) - {"default", *ROPE_INIT_FUNCTIONS} if config is not None else set()
+    if not isinstance(error, KeyError) or unknown.isdisjoint(error.args):
+        return None
+    known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
+    return f"its config.json asks for the rope type {error.args[0]!r}; known: {known}"
+
+
+def _key(found: Any) -> str:
+    return found if isinstance(found, str) else f"{found[0]}: {tuple(found[1])} for {tuple(found[2])}"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its advice; a progress bar only on a terminal. What matters comes as an error of ours."""
+    logging: Any = importlib.import_module("transformers.utils.logging")
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(max(verbosity, logging.ERROR))
+    if bars and not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def first_line(error: BaseException) -> str:
+    """An error's type and the first line of its message."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
