@@ -15,7 +15,8 @@
     ├── MissingDependencyError (ImportError)   an optional package is needed: the message holds the pip line
     └── GenerationError (RuntimeError)         a request failed while it was decoded
         ├── NonFiniteLogitsError               NaN or +inf among the logits
-        └── EmptySupportError                  no token is left to choose from
+        ├── EmptySupportError                  no token is left to choose from
+        └── InsufficientMemoryError            too little memory for the request, even alone
 
 A message says what was given, what is known, and what to do.
 """
@@ -89,6 +90,10 @@ class NonFiniteLogitsError(GenerationError):
 
 class EmptySupportError(GenerationError):
     """Every token of a row was excluded: nothing is left to choose from."""
+
+
+class InsufficientMemoryError(GenerationError):
+    """A request does not fit into memory, even alone and fed in small pieces."""
 
 
 def suggest(given: str, known: Iterable[str]) -> str:

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from ..batch import Batch, Output, Plan
-from ..chain import EXCLUDED, NON_FINITE, NOTHING, OUT_OF_RANGE, Chain, part_name
+from ..batch import Batch, Plan
+from ..chain import NOTHING, Chain, part_name
 from ..columns import known_values, make_batch
-from ..errors import (
-    EmptySupportError,
-    LlamaInferError,
-    NonFiniteLogitsError,
-    ParameterError,
-    PartError,
-    PromptError,
-    PromptTooLongError,
-)
+from ..errors import InsufficientMemoryError, ParameterError, PartError
 from ..layout import Layout
-from ..parameters import validate
 from ..parts import LoadedModel, Param, Strategy
-from ..types import Completion, Event, Prompt, Request, TokenLogprob, Value
+from ..types import Completion, Event, Prompt, Request, Value
 from .detokenize import Detokenizer
+from .intake import make_task
+from .memory import give_back, is_out_of_memory
 from .prefix import PrefixCache, Prefixes
+from .readout import Readout, failure, read
 from .runner import Runner
 from .scheduler import Scheduler
-from .sequence import LiveSequence, Task, own_criteria
+from .sequence import LiveSequence, own_criteria
+
+logger = logging.getLogger("llama_infer")
 
 
 @dataclass(frozen=True)
@@ -42,6 +38,7 @@ class Assembly:
         declared: every parameter; defaults: its value where a request says nothing.
         cache: makes an empty cache for the model.
         lock: held during a step, so that engines in several threads take turns on one model.
+        batch_size: rows decoded at once; cache_tokens: what they may come to hold together.
         prefixes: what the pipeline's engines share of earlier prompts; None: nothing.
     """
 
@@ -59,18 +56,7 @@ class Assembly:
     lock: Any
     observers: Sequence[Callable[[Event], None]] = ()
     prefixes: PrefixCache | None = None
-
-
-@dataclass(frozen=True)
-class _Settled:
-    """What the host reads of a step, in one copy."""
-
-    tokens: list[int]
-    logprobs: list[float]
-    totals: list[float]
-    branches: list[int]
-    parents: list[int] | None
-    top: list[list[TokenLogprob]] | None
+    cache_tokens: float = math.inf
 
 
 class LocalEngine:
@@ -78,7 +64,7 @@ class LocalEngine:
 
     def __init__(self, assembly: Assembly) -> None:
         self._a = assembly
-        self._scheduler = Scheduler(assembly.batch_size)
+        self._scheduler = Scheduler(assembly.batch_size, assembly.cache_tokens)
         self._runner = Runner(assembly.loaded)
         self._cache = assembly.cache()
         self._prefixes = Prefixes(assembly.prefixes)
@@ -95,21 +81,16 @@ class LocalEngine:
 
     def add(self, request: Request) -> str:
         """Queues a request and returns its id. Raises ParameterError or PromptError when it cannot be served."""
-        given = validate(self._a.declared, request.params)
-        params = {**self._a.defaults, **given}
-        self._check_parts(given, params)
-        prompt = tuple(self._a.encode(request.prompt))
-        self._check_prompt(prompt, params)
+        task = make_task(self._a, request, self._added + 1)
         self._added += 1
-        request = replace(request, id=request.id or f"#{self._added}")
+        request = task.request
         if request.id in self._ids:
             raise ParameterError(f"a request with the id {request.id!r} is being served already: choose another id")
-        seed = params["seed"] if params["seed"] is not None else secrets.randbits(53)
-        task = Task(request, self._added, params, prompt, seed, self._a.strategy.width(params))
-        if params["max_new_tokens"] == 0:
-            self._events.append(Completion(request, prompt_token_ids=prompt, seed=seed, finish_reason="length"))
+        if task.params["max_new_tokens"] == 0:
+            ids, seed = task.prompt_token_ids, task.seed
+            self._events.append(Completion(request, prompt_token_ids=ids, seed=seed, finish_reason="length"))
         else:
-            self._scheduler.waiting.append(task)
+            self._scheduler.add(task)
             self._ids.add(request.id)
         return request.id
 
@@ -117,17 +98,10 @@ class LocalEngine:
     def step(self) -> list[Event]:
         """Feeds every row once and returns what came of it: chunks, and completions of requests that ended."""
         with self._a.lock:
-            self._prefixes.keep_prompts(self._rows, self._cache)
             self._admit()
             events, self._events = self._events, []
             if self._rows:
-                layout = self._layout()
-                output = self._runner.forward(self._table, self._cache, layout)
-                if any(span.ready for span in layout.spans):
-                    plan = self._a.strategy.step(output, self._table, self._a.chain)
-                    _check_plan(plan, self._table, self._a.strategy)
-                    self._batch = self._table.advance(plan)
-                    events += self._settle(self._read(plan, output))
+                events += self._decode()
         for observer in self._a.observers:
             for event in events:
                 observer(event)
@@ -135,8 +109,12 @@ class LocalEngine:
 
     def cancel(self, id: str) -> None:
         """Ends a request now; its completion, with what it has, comes with the next step. Unknown ids are ignored."""
-        for task in [task for task in self._scheduler.waiting if task.request.id == id]:
-            self._scheduler.waiting.remove(task)
+        task = self._scheduler.cancel(id)
+        if task is not None and task.parked is not None:
+            for sequence in task.parked[0]:
+                self._events.append(sequence.finish("abort"))
+                self._events += self._retire(sequence)
+        elif task is not None:
             self._ids.discard(id)
             self._events.append(
                 Completion(task.request, prompt_token_ids=task.prompt_token_ids, seed=task.seed, finish_reason="abort")
@@ -151,7 +129,7 @@ class LocalEngine:
     def close(self) -> None:
         """Forgets everything; nothing more comes."""
         self._rows, self._batch, self._events = [], None, []
-        self._scheduler.waiting.clear()
+        self._scheduler.clear()
         self._ids.clear()
         self._cache = self._a.cache()
 
@@ -161,77 +139,110 @@ class LocalEngine:
             raise PartError("the engine has no rows")
         return self._batch
 
-    def _check_parts(self, given: Mapping[str, Value], params: Mapping[str, Value]) -> None:
-        """Has the parts look at the values: what they refuse must not be found out in a step."""
-        for part in (*self._a.chain.parts, *self._a.stopping):
-            own = getattr(part, "params", {})
-            if hasattr(part, "prepare"):
-                for name in given.keys() & own.keys():
-                    part.prepare(name, [given[name]])
-            if hasattr(part, "check") and any(
-                params[name] != own[name].neutral for name in own if own[name].neutral is not None
-            ):
-                part.check(params)
-
-    def _check_prompt(self, prompt: Sequence[int], params: Mapping[str, Value]) -> None:
-        if not prompt:
-            raise PromptError("the prompt has no tokens: give some text or at least one token id")
-        wrong = next((token for token in prompt if not 0 <= token < self._a.vocab_size), None)
-        if wrong is not None:
-            raise PromptError(f"token id {wrong} is not in the model's vocabulary of {self._a.vocab_size}")
-        limit = self._a.loaded.context_length
-        if len(prompt) + (params["max_new_tokens"] != 0) > limit:
-            raise PromptTooLongError(
-                f"the prompt has {len(prompt)} tokens; the model's context holds {limit}, the answer included: "
-                "shorten it"
-            )
-
     def _admit(self) -> None:
         tasks = self._scheduler.admit(self._rows)
-        if not tasks:
-            return
-        rows = make_batch(
-            self._a.chain,
-            self._a.declared,
-            [task.params for task in tasks],
-            [task.prompt_token_ids for task in tasks],
-            seeds=[task.seed for task in tasks],
-            requests=[task.number for task in tasks],
-            device=self._a.loaded.device,
-        )
-        self._batch = rows if self._batch is None else self._batch.extend(rows)
-        self._cache.extend(len(tasks))
+        new = [task for task in tasks if task.parked is None]
+        if new:
+            table = make_batch(
+                self._a.chain,
+                self._a.declared,
+                [task.params for task in new],
+                [task.prompt_token_ids for task in new],
+                seeds=[task.seed for task in new],
+                requests=[task.number for task in new],
+                device=self._a.loaded.device,
+            )
+            stream, criteria = self._a.detokenizer.stream, self._a.stopping
+            self._join([LiveSequence(task, stream(), own_criteria(criteria)) for task in new], table)
         for task in tasks:
-            self._rows.append(LiveSequence(task, self._a.detokenizer.stream(), own_criteria(self._a.stopping)))
+            if task.parked is not None:
+                parked, task.parked = task.parked, None
+                self._join(*parked)
 
-    def _layout(self) -> Layout:
+    def _join(self, rows: Sequence[LiveSequence], table: Batch) -> None:
+        self._rows += rows
+        self._batch = table if self._batch is None else self._batch.extend(table)
+        self._cache.extend(len(rows))
+
+    def _decode(self) -> list[Event]:
+        """One forward and what comes of it; where memory runs out, again with fewer rows. Until the forward and the
+        choice are through, nothing but the cache has changed."""
+        events: list[Event] = []
+        while self._rows:
+            try:
+                step = self._forward()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                what = str(error)
+            else:
+                return events + (self._settle(step) if step is not None else [])
+            events += self._shrink(what)  # out here: the error's traceback holds tensors
+        return events
+
+    def _forward(self) -> Readout | None:
+        """What each row says next; None when no row has been fed to its end."""
+        self._prefixes.keep_prompts(self._rows, self._cache)
         waiting = self._prefixes.reuse(self._rows, self._cache)
         spans = self._scheduler.spans(self._rows, self._cache.lengths, waiting)
-        return Layout(tuple(spans), self._a.loaded.device)
+        output = self._runner.forward(self._table, self._cache, Layout(tuple(spans), self._a.loaded.device))
+        if not any(span.ready for span in spans):
+            return None
+        plan = self._a.strategy.step(output, self._table, self._a.chain)
+        _check_plan(plan, self._table, self._a.strategy)
+        table = self._table.advance(plan)
+        step = read(plan, output, len(spans), table)
+        self._batch = table
+        return step
 
-    def _read(self, plan: Plan, output: Output) -> _Settled:
-        """The one synchronisation of a step."""
-        source = output.index(len(self._cache.lengths))
-        source = source if plan.parents is None else source[plan.parents]
-        tokens = plan.tokens[:, 0]
-        logits = output.logits
-        total = logits.logsumexp(-1)[source]
-        chosen = logits[source, tokens.clamp(0, logits.shape[1] - 1)]
-        columns = [tokens, chosen - total, total, self._table.branch]
-        if plan.parents is not None:
-            columns.append(plan.parents)
-        read = torch.stack([column.double() for column in columns]).tolist()
-        known = [n for n in self._table.values.get("logprobs", frozenset()) if isinstance(n, int)]
-        return _Settled(
-            tokens=[int(token) for token in read[0]],
-            logprobs=read[1],
-            totals=read[2],
-            branches=[int(branch) for branch in read[3]],
-            parents=[int(parent) for parent in read[4]] if plan.parents is not None else None,
-            top=_top(logits, max(known, default=0), source.tolist()) if any(known) else None,
-        )
+    def _shrink(self, what: str) -> list[Event]:
+        """Makes room: the later requests wait again, the others' keys and values are computed anew."""
+        self._empty_cache(0)
+        staying = self._scheduler.shrink(self._rows)
+        if not staying:
+            error = InsufficientMemoryError(
+                f"request {self._rows[0].task.request.id!r} does not fit into memory, though it is alone: shorten it, "
+                f"or choose a smaller model or dtype ({what.splitlines()[0] if what else 'out of memory'})"
+            )
+            events: list[Event] = [sequence.finish("error", error=error) for sequence in self._rows]
+            for sequence in self._rows:
+                events += self._retire(sequence)
+            self._rows, self._batch = [], None
+            return events
+        for task in {s.task.number: s.task for row, s in enumerate(self._rows) if row not in staying}.values():
+            rows = [row for row, sequence in enumerate(self._rows) if sequence.task is task]
+            task.parked = [self._rows[row] for row in rows], self._pick(rows)
+            self._scheduler.add(task)
+        index = sorted(staying)
+        self._batch = self._pick(index)
+        self._rows = [self._rows[row] for row in index]
+        self._cache.extend(len(index))
+        logger.warning("memory ran out: the batch is reduced to %d rows", self._scheduler.batch_size)
+        return []
 
-    def _settle(self, step: _Settled) -> list[Event]:
+    def _empty_cache(self, rows: int) -> None:
+        """Forgets all keys and values; what is known of the rows is fed again."""
+        self._cache = self._a.cache()
+        self._prefixes.clear()
+        for sequence in self._rows:
+            sequence.cached, sequence.frontier = 0, None
+        give_back(self._a.loaded.device)
+        self._cache.extend(rows)
+
+    def _move(self, index: Sequence[int]) -> None:
+        """The cache follows the rows."""
+        try:
+            self._cache.select(index)
+            return
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._empty_cache(len(index))
+
+    def _pick(self, rows: Sequence[int]) -> Batch:
+        return self._table.select(torch.tensor(rows, device=self._table.device))
+
+    def _settle(self, step: Readout) -> list[Event]:
         """Detokenise, ask the criteria, emit, drop."""
         if step.parents is not None:
             self._fork(step.parents)
@@ -244,7 +255,7 @@ class LocalEngine:
                 continue
             if token < 0 or math.isnan(logprob) or step.totals[row] == math.inf:
                 failed.append(row)
-                events.append(sequence.finish("error", error=self._failure(sequence, token, step.totals[row])))
+                events.append(sequence.finish("error", error=failure(self._a, sequence, token, step.totals[row])))
             else:
                 top = tuple(step.top[row][: sequence.params["logprobs"]]) if step.top else ()
                 events.append(sequence.append(token, logprob, top))
@@ -266,7 +277,7 @@ class LocalEngine:
         for task in {row.task.number: row.task for row in (*self._rows, *rows)}.values():
             task.running = sum(row.task is task for row in rows)
         self._rows = rows
-        self._cache.select(parents)
+        self._move(parents)
 
     def _leave(self, done: Sequence[int]) -> list[Event]:
         """Drops finished rows; the last rows take their places, so that few slots move."""
@@ -274,55 +285,34 @@ class LocalEngine:
             return []
         events: list[Event] = []
         for row in done:
-            sequence = self._rows[row]
-            task = sequence.task
-            task.finished.append(sequence)
-            task.running -= 1
-            if not task.running:
-                events.append(self._complete(task))
+            events += self._retire(self._rows[row])
         gone = set(done)
         count = len(self._rows) - len(gone)
         movers = iter([row for row in range(count, len(self._rows)) if row not in gone])
         index = [next(movers) if row in gone else row for row in range(count)]
+        table = self._pick(index) if index else None
         self._rows = [self._rows[row] for row in index]
-        self._cache.select(index)
-        table, self._batch = self._table, None
-        if index:
+        self._move(index)
+        self._batch = None
+        if table is not None:
             self._batch = replace(
-                table.select(torch.tensor(index, device=table.device)),
+                table,
                 width=max(len(row.prompt_token_ids) + len(row.token_ids) for row in self._rows),
                 values=known_values(self._a.declared, [row.params for row in self._rows]),
             )
         return events
 
-    def _complete(self, task: Task) -> Completion:
+    def _retire(self, sequence: LiveSequence) -> list[Event]:
+        """Counts a finished sequence; the last one of a request brings its completion."""
+        task = sequence.task
+        task.finished.append(sequence)
+        task.running -= 1
+        if task.running:
+            return []
         self._ids.discard(task.request.id)
         ranked = self._a.strategy.rank(sorted(task.finished, key=lambda sequence: sequence.branch))
         first, *others = [sequence for sequence in ranked if isinstance(sequence, LiveSequence)]
-        return first.completion(task.request, tuple(other.completion(task.request) for other in others))
-
-    def _failure(self, sequence: LiveSequence, token: int, total: float) -> LlamaInferError:
-        where = f"request {sequence.task.request.id!r}, step {len(sequence.token_ids)}"
-        if token == OUT_OF_RANGE:
-            return PartError(
-                f"{where}: sampler {part_name(self._a.chain.sampler)} chose a token id outside of the vocabulary of "
-                f"{self._a.vocab_size}"
-            )
-        if token == EXCLUDED or total == -math.inf:
-            return EmptySupportError(
-                f"{where}: no token is left to choose from; every logit is -inf after the processors. "
-                "Loosen the bans or truncations of this request"
-            )
-        stage = "after the processors" if token == NON_FINITE and math.isfinite(total) else "of the model"
-        return NonFiniteLogitsError(f"{where}: NaN or +inf among the logits {stage}")
-
-
-def _top(logits: torch.Tensor, count: int, source: Sequence[int]) -> list[list[TokenLogprob]]:
-    """The likeliest tokens of each row under the raw distribution."""
-    best = logits.topk(min(count, logits.shape[1]))
-    logprobs = (best.values - logits.logsumexp(-1, keepdim=True)).tolist()
-    ids = best.indices.tolist()
-    return [[TokenLogprob(i, p) for i, p in zip(ids[m], logprobs[m], strict=True)] for m in source]
+        return [first.completion(task.request, tuple(other.completion(task.request) for other in others))]
 
 
 def _check_plan(plan: Plan, batch: Batch, strategy: Strategy) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from .memory import is_out_of_memory
 from .sequence import LiveSequence
 
 BLOCK = 16
@@ -179,4 +180,15 @@ class Prefixes:
         if self._store is not None and sequence.branch == 0:
             sequence.task.kept = True
             tokens = sequence.tokens()[: cache.lengths[row]]
-            self._store.keep(tokens, lambda start, end: cache.copy(row, start, end))
+            try:
+                self._store.keep(tokens, lambda start, end: cache.copy(row, start, end))
+                return
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._store.clear()
+
+    def clear(self) -> None:
+        """Gives the memory back."""
+        if self._store is not None:
+            self._store.clear()

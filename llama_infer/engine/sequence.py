@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import LlamaInferError
 from ..parts import Stop
 from ..types import Chunk, Completion, FinishReason, Request, TokenLogprob, Value
 from .detokenize import TextStream
+
+if TYPE_CHECKING:
+    from ..batch import Batch
 
 
 @dataclass
@@ -22,6 +25,7 @@ class Task:
         width: rows that it may hold at once.
         running: how many of its sequences are live; finished: the others.
         kept: whether the prefix cache has had its prompt.
+        parked: its sequences and their rows of the table while it waits to go on after it had to give way.
     """
 
     request: Request
@@ -33,6 +37,7 @@ class Task:
     running: int = 1
     finished: list[LiveSequence] = field(default_factory=list)
     kept: bool = False
+    parked: tuple[list[LiveSequence], Batch] | None = None
 
 
 def own_criteria(criteria: Sequence[Any]) -> list[Any]:

@@ -1,0 +1,85 @@
+"""What the host reads of a step, in one copy, and what is wrong with a row that has no token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..batch import Batch, Output, Plan
+from ..chain import EXCLUDED, NON_FINITE, OUT_OF_RANGE, part_name
+from ..errors import EmptySupportError, LlamaInferError, NonFiniteLogitsError, PartError
+from ..types import TokenLogprob
+
+if TYPE_CHECKING:
+    from .engine import Assembly
+    from .sequence import LiveSequence
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A step on the host, a value for each row after it.
+
+    Attributes:
+        tokens: chosen, or one of the chain's codes below zero; logprobs: theirs; totals: logsumexp of the raw logits.
+        branches: which sample; parents: the row that each continues, None: itself.
+        top: the likeliest tokens, as many as some row asked for; None when none did.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    totals: list[float]
+    branches: list[int]
+    parents: list[int] | None
+    top: list[list[TokenLogprob]] | None
+
+
+def read(plan: Plan, output: Output, rows_before: int, table: Batch) -> Readout:
+    """The one synchronisation of a step. ``table`` is the one after it."""
+    source = output.index(rows_before)
+    source = source if plan.parents is None else source[plan.parents]
+    tokens = plan.tokens[:, 0]
+    logits = output.logits
+    total = logits.logsumexp(-1)[source]
+    chosen = logits[source, tokens.clamp(0, logits.shape[1] - 1)]
+    columns = [tokens, chosen - total, total, table.branch]
+    if plan.parents is not None:
+        columns.append(plan.parents)
+    values = torch.stack([column.double() for column in columns]).tolist()
+    known = [n for n in table.values.get("logprobs", frozenset()) if isinstance(n, int)]
+    return Readout(
+        tokens=[int(token) for token in values[0]],
+        logprobs=values[1],
+        totals=values[2],
+        branches=[int(branch) for branch in values[3]],
+        parents=[int(parent) for parent in values[4]] if plan.parents is not None else None,
+        top=_top(logits, max(known, default=0), source.tolist()) if any(known) else None,
+    )
+
+
+def failure(assembly: Assembly, sequence: LiveSequence, token: int, total: float) -> LlamaInferError:
+    """Why a row got no token."""
+    where = f"request {sequence.task.request.id!r}, step {len(sequence.token_ids)}"
+    if token == OUT_OF_RANGE:
+        return PartError(
+            f"{where}: sampler {part_name(assembly.chain.sampler)} chose a token id outside of the vocabulary of "
+            f"{assembly.vocab_size}"
+        )
+    if token == EXCLUDED or total == -math.inf:
+        return EmptySupportError(
+            f"{where}: no token is left to choose from; every logit is -inf after the processors. "
+            "Loosen the bans or truncations of this request"
+        )
+    stage = "after the processors" if token == NON_FINITE and math.isfinite(total) else "of the model"
+    return NonFiniteLogitsError(f"{where}: NaN or +inf among the logits {stage}")
+
+
+def _top(logits: torch.Tensor, count: int, source: Sequence[int]) -> list[list[TokenLogprob]]:
+    """The likeliest tokens of each row under the raw distribution."""
+    best = logits.topk(min(count, logits.shape[1]))
+    logprobs = (best.values - logits.logsumexp(-1, keepdim=True)).tolist()
+    ids = best.indices.tolist()
+    return [[TokenLogprob(i, p) for i, p in zip(ids[m], logprobs[m], strict=True)] for m in source]
