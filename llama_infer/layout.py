@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_CALL = 256
+"""Tokens that an attention call on the CPU could serve in the time that calling takes."""
+
 
 class Span(NamedTuple):
     """What one row feeds in a step: ``new`` tokens behind the ``old`` that the cache holds; ``ready`` when that is all
@@ -77,15 +80,23 @@ class Layout:
 
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:
-        """The rows in groups that one attention call serves."""
+        """The rows in groups that one attention call serves.
+
+        On the CPU a row of another length begins a group of its own where padding would cost more than a call.
+        """
         pieces: list[Piece] = []
-        start = 0
+        start, width, padding_is_free = 0, 0, self.device.type != "cpu"
         for row, span in enumerate(self.spans):
-            joins = span.new == 1 and pieces and pieces[-1].last == row and self.spans[row - 1].new == 1
+            joins = span.new == 1 and bool(pieces) and pieces[-1].last == row and self.spans[row - 1].new == 1
+            if joins and not padding_is_free:
+                count, wider = row - pieces[-1].first, max(width, span.end)
+                joins = (count + 1) * wider <= count * width + span.end + _CALL
             if joins:
                 pieces[-1] = pieces[-1]._replace(last=row + 1)
+                width = max(width, span.end)
             elif span.new:
                 pieces.append(Piece(row, row + 1, start))
+                width = span.end
             start += span.new
         return tuple(pieces)
 

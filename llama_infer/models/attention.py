@@ -13,11 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..layout import Layout, Span
+from . import kernels
+from .kernels import Kernel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 PREFIX = "llama_infer_"
 KERNELS = ("sdpa", "eager", "flash_attention_2")
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
-
-Kernel = Callable[[Tensor, Tensor, Tensor, "Tensor | None", bool, "float | None"], Tensor]
 
 
 def install(model: PreTrainedModel, kernel: str = "sdpa") -> None:
@@ -101,44 +100,28 @@ def _packed_attention(
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{type(module).__name__} uses {name}: run it with cache='plain'")
-    out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
+    # Token by token, its heads in groups that share a KV head.
+    q = query[0].transpose(0, 1).unflatten(1, (key.shape[1], -1))
+    outs = []
     for piece in layout.pieces:
         spans = layout.spans[piece.first : piece.last]
         tokens = slice(piece.start, piece.start + sum(span.new for span in spans))
         rows, width = slice(piece.first, piece.last), max(span.end for span in spans)
-        q, k, v = query[0, :, tokens], key[rows, :, :width], value[rows, :, :width]
+        k, v = key[rows, :, :width], value[rows, :, :width]
         if kernel == "flash_attention_2":
-            out[tokens] = _flash(module, q, k, v, spans, scaling, sliding_window)
+            outs.append(_flash(module, query[0, :, tokens], k, v, spans, scaling, sliding_window))
         else:
-            attend = _sdpa if kernel == "sdpa" else _eager
-            out[tokens] = _attend(attend, q, k, v, layout.mask(piece, sliding_window), scaling)
-    return out[None], None
+            packed = q[tokens].unflatten(0, (len(spans), -1)).permute(0, 2, 3, 1, 4)
+            attend = _kernel(kernel, packed, k)
+            out = attend(packed, k, v, layout, piece, sliding_window, scaling)
+            outs.append(out.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1))
+    return (outs[0] if len(outs) == 1 else torch.cat(outs))[None], None
 
 
-def _attend(attend: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """q [heads, n, d]; k, v [rows, kv heads, width, d] -> [n, heads, d]."""
-    group = q.shape[0] // k.shape[1]
-    if q.shape[1] == k.shape[0]:
-        # A token a row: the heads of a group are so many queries of the KV head that they share, nothing is copied.
-        packed = q.transpose(0, 1).unflatten(1, (-1, group))
-        return attend(packed, k, v, mask, False, scaling).flatten(1, 2)
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    return attend(q[None], k, v, mask, mask is None, scaling)[0].transpose(0, 1)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float | None) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling)
-
-
-def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float | None) -> Tensor:
-    """The definition, written out: the reference that the kernels are held against."""
-    scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    if causal:
-        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.softmax(scores, -1, dtype=dtype).to(q.dtype) @ v
+def _kernel(name: str, q: Tensor, k: Tensor) -> Kernel:
+    if name == "eager":
+        return kernels.eager
+    return kernels.products if kernels.products_pay(q, k) else kernels.sdpa
 
 
 def _flash(

@@ -1,0 +1,85 @@
+"""Attention over one piece of a packed forward: the definition written out, torch's fused kernel, plain products.
+
+Every kernel takes queries [rows, kv heads, group, new, d], where ``group`` query heads share a KV head, keys and values
+[rows, kv heads, width, d], the row map, a sliding window or None and a scale (None: d^-0.5), and gives
+[rows, kv heads, group, new, d]. A piece is several rows with one new token each, or one row with any number of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..layout import Layout, Piece
+
+Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, Layout, Piece, "int | None", "float | None"], Tensor]
+
+_FEW = 512
+"""Below so many scores a head, calling costs more than computing: one call then beats three."""
+_BLOCK = 128
+"""Queries of a KV head in a product: their scores stay in the processor's cache."""
+
+
+def eager(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, piece: Piece, window: int | None, scaling: float | None
+) -> Tensor:
+    """The definition, written out: the reference that the others are held against."""
+    scores = (q @ k[:, :, None].transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    mask = layout.mask(piece, window)
+    if mask is None and q.shape[3] > 1:
+        mask = torch.ones(q.shape[3], k.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.softmax(scores, -1, dtype=dtype).to(q.dtype) @ v[:, :, None]
+
+
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, piece: Piece, window: int | None, scaling: float | None
+) -> Tensor:
+    """torch's scaled_dot_product_attention; keys and values are not copied for the heads that share them."""
+    mask = layout.mask(piece, window)
+    if q.shape[3] == 1:  # the heads of a group are so many queries of the KV head that they share
+        return F.scaled_dot_product_attention(q[:, :, :, 0], k, v, attn_mask=mask, scale=scaling)[:, :, :, None]
+    # One row: KV heads stand where rows do, so that the heads of a group can see one KV head in several places.
+    k, v = (t[0, :, None].expand(-1, q.shape[2], -1, -1) for t in (k, v))
+    if not k.is_cpu:
+        k, v = k.contiguous(), v.contiguous()
+    return F.scaled_dot_product_attention(q[0], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)[None]
+
+
+def products_pay(q: Tensor, k: Tensor) -> bool:
+    """Whether :func:`products` is the faster one: oneDNN's bfloat16 products are, torch's fused CPU kernel is not."""
+    return q.is_cpu and q.dtype == torch.bfloat16 and q.shape[0] * q.shape[3] * k.shape[2] >= _FEW
+
+
+def products(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, piece: Piece, window: int | None, scaling: float | None
+) -> Tensor:
+    """Matmul, softmax, matmul, a block of queries at a time over the keys that it sees."""
+    group, new, width = q.shape[2], q.shape[3], k.shape[2]
+    step = max(1, _BLOCK // group)
+    ragged = q.shape[0] > 1 or (window is not None and window < width)
+    hidden = ~mask if ragged and (mask := layout.mask(piece, window)) is not None else None
+    later = None if ragged or new == 1 else _triangle(min(step, new), q.device)
+    q = q * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    outs = []
+    for start in range(0, new, step):
+        end = min(start + step, new)
+        seen = width - new + end
+        scores = q[:, :, :, start:end].flatten(2, 3) @ k[:, :, :seen].transpose(-1, -2)
+        blocks = scores.unflatten(2, (group, end - start))
+        if hidden is not None:
+            blocks.masked_fill_(hidden[:, :, None, start:end, :seen], -torch.inf)
+        elif later is not None:
+            blocks[..., seen - end + start :].masked_fill_(later[: end - start, : end - start], -torch.inf)
+        outs.append((torch.softmax(scores, -1) @ v[:, :, :seen]).unflatten(2, (group, end - start)))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 3)
+
+
+def _triangle(size: int, device: torch.device) -> Tensor:
+    return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
