@@ -82,21 +82,22 @@ class Layout:
     def pieces(self) -> tuple[Piece, ...]:
         """The rows in groups that one attention call serves.
 
-        On the CPU a row of another length begins a group of its own where padding would cost more than a call.
+        On the CPU a group ends where more padding would cost more than a call and than a quarter of the work.
         """
         pieces: list[Piece] = []
-        start, width, padding_is_free = 0, 0, self.device.type != "cpu"
+        start, width, held, padding_is_free = 0, 0, 0, self.device.type != "cpu"
         for row, span in enumerate(self.spans):
             joins = span.new == 1 and bool(pieces) and pieces[-1].last == row and self.spans[row - 1].new == 1
             if joins and not padding_is_free:
-                count, wider = row - pieces[-1].first, max(width, span.end)
-                joins = (count + 1) * wider <= count * width + span.end + _CALL
+                whole = held + span.end
+                padding = (row + 1 - pieces[-1].first) * max(width, span.end) - whole
+                joins = padding <= max(_CALL, whole // 4)
             if joins:
                 pieces[-1] = pieces[-1]._replace(last=row + 1)
-                width = max(width, span.end)
+                width, held = max(width, span.end), held + span.end
             elif span.new:
                 pieces.append(Piece(row, row + 1, start))
-                width = span.end
+                width = held = span.end
             start += span.new
         return tuple(pieces)
 

@@ -82,7 +82,7 @@ def test_blocks_longer_than_one_block_of_queries():
 
 
 def test_rows_of_like_length_share_a_call():
-    """Neighbours are grouped unless padding costs more than a call."""
+    """Neighbours are grouped unless padding costs more than a call and than a quarter of the work."""
 
     def pieces(*lengths):
         layout = Layout(tuple(Span(length, 1, True) for length in lengths), torch.device("cpu"))
@@ -90,4 +90,5 @@ def test_rows_of_like_length_share_a_call():
 
     assert pieces(10, 60, 30, 90) == [(0, 4)]
     assert pieces(900, 20, 30, 25, 1000) == [(0, 1), (1, 4), (4, 5)]
-    assert pieces(*[500] * 20, 600, *[500] * 20) == [(0, 20), (20, 21), (21, 41)]
+    assert pieces(*[500] * 8, 550, *[500] * 8) == [(0, 17)]
+    assert pieces(*[500] * 8, 900, *[500] * 8) == [(0, 8), (8, 9), (9, 17)]
