@@ -1,0 +1,62 @@
+"""Tokens a second of rows that decode together after a short prompt, against the read limit and against peers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+
+from contenders import Contender
+from models import weight_bytes
+from session import Session
+from table import show, times
+from workload import equal
+
+PROMPT = 16
+NEW = 33
+"""A first token, and 32 whose time counts."""
+
+
+def run(session: Session) -> None:
+    """Every number of rows in every repeat."""
+    options = session.options
+    counts = options.rows or ([1, 2] if session.quick else [1, 4, 32])
+    peers = options.peers if options.peers is not None else ["transformers"]
+    with session.contenders([session.ours, *peers], rows=max(counts), context=512) as found:
+        speeds = measure(session, found, counts)
+    ours = speeds.get(session.ours, {})
+    lines = []
+    for rows in counts:
+        limit = session.limits.read / weight_bytes(options.model, options.dtype) * rows
+        for name in found:
+            mine, its = ours[rows], speeds[name][rows]
+            line = [f"{rows} rows: {name}", f"{statistics.median(its):.1f}", f"{statistics.median(its) / limit:.0%}"]
+            against = "" if name == session.ours else times(session.ratio(f"{rows} rows against {name}", its, mine))
+            lines.append([*line, against])
+    session.report["tokens_per_second"] = {
+        name: {rows: [round(s, 1) for s in each] for rows, each in found.items()} for name, found in speeds.items()
+    }
+    share = statistics.median(ours[counts[0]]) * weight_bytes(options.model, options.dtype) / session.limits.read
+    session.report["share_of_read_limit"] = round(share / counts[0], 3)
+    show(
+        f"{options.model} {options.dtype}, decode; {session.limits}",
+        ["", "tokens/s", "of the read limit", "ours against it"],
+        lines,
+    )
+
+
+def measure(session: Session, found: Mapping[str, Contender], counts: list[int]) -> dict[str, dict[int, list[float]]]:
+    """Tokens a second by contender and number of rows, one a repeat."""
+
+    def turn(contender: Contender, repeat: int) -> list[float]:
+        speeds = []
+        for rows in counts:
+            jobs = equal(rows, PROMPT, 5 if session.quick else NEW, session.vocab_size, f"{rows} {repeat}")
+            speeds.append(contender.generate(jobs, together=True).decode())
+        return speeds
+
+    for contender in found.values():
+        turn(contender, -1)
+    results = session.take_turns(found, turn)
+    return {
+        name: {rows: [turn[at] for turn in each] for at, rows in enumerate(counts)} for name, each in results.items()
+    }
