@@ -61,7 +61,7 @@ class Answer:
 
 
 class Contender:
-    """An engine with a loaded model. ``isolated=False`` runs it in this process if its environment is ours, for a quick look."""
+    """An engine with a loaded model. ``isolated=False`` runs it in this process when its environment is ours."""
 
     def __init__(self, name: str, cache: Path, settings: Mapping[str, Any], isolated: bool = True) -> None:
         """``settings``: model (a folder), dtype, threads, rows, context and a runner's options. Raises PeerError."""

@@ -29,7 +29,7 @@ class Machine:
 
 def measure(dtype: str, quick: bool = False) -> Machine:
     """The best of a few tries of each."""
-    return Machine(_read_limit(16 if quick else 512), _matrix_rate(dtype, 128 if quick else 2048))
+    return Machine(read_limit(16 if quick else 512), _matrix_rate(dtype, 128 if quick else 2048))
 
 
 def file_seconds(jobs: Sequence[Job], shape: str, dtype: str, machine: Machine) -> float:
@@ -47,8 +47,8 @@ def file_seconds(jobs: Sequence[Job], shape: str, dtype: str, machine: Machine) 
     return prefill + decode
 
 
-def _read_limit(megabytes: int) -> float:
-    """Of a sum over a buffer larger than the caches."""
+def read_limit(megabytes: int = 512) -> float:
+    """Bytes a second, of a sum over a buffer larger than the caches."""
     buffer = torch.ones(megabytes << 18)
     return buffer.nbytes / _least(lambda: buffer.sum(), 7)
 

@@ -87,6 +87,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the workload (%(default)s)")
     parser.add_argument("--cache", type=Path, default=cache, help="models and environments (%(default)s)")
     parser.add_argument("--no-agreement", action="store_true", help="do not compare tokens before speed")
+    parser.add_argument("--isolated", action="store_true", help="with --quick: a process for each, as always else")
     parser.add_argument("--quick", action="store_true", help="a tiny model, little work, one process: does it run?")
     options = parser.parse_args(argv)
     if min(options.requests or 1, options.repeats, options.threads, options.batch_size) < 1 or options.requests == 0:

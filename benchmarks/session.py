@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,14 +25,14 @@ class Session:
     Attributes:
         options: of the command line.
         report: what is printed as JSON in the end.
-        limits: the best that the machine showed so far.
+        each_limits: what the machine could do in each repeat: neighbours take their share, now more, now less.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.cache: Path = options.cache
         self.report: dict[str, Any] = {"missing": {}, "ratios": {}}
-        self.limits = machine.Machine()
+        self.each_limits: list[machine.Machine] = []
 
     @property
     def ours(self) -> str:
@@ -70,11 +71,18 @@ class Session:
         """``measure(contender, repeat)`` of each in each repeat, the machine's limits in between."""
         results: dict[str, list[T]] = {name: [] for name in found}
         for repeat in range(self.options.repeats):
-            self.limits = self.limits.best(machine.measure(self.options.dtype, self.quick))
+            seen = machine.measure(self.options.dtype, self.quick)
             for name, contender in found.items():
                 results[name].append(measure(contender, repeat))
-            print(f"repeat {repeat + 1}/{self.options.repeats} done; {self.limits}", flush=True)
+                seen = seen.best(machine.Machine(machine.read_limit(16 if self.quick else 512)))
+            self.each_limits.append(seen)
+            print(f"repeat {repeat + 1}/{self.options.repeats} done; {seen}", flush=True)
         return results
+
+    @property
+    def limits(self) -> machine.Machine:
+        """The best that the machine showed in the whole run."""
+        return functools.reduce(machine.Machine.best, self.each_limits, machine.Machine())
 
     def ratio(self, name: str, better: Sequence[float], worse: Sequence[float]) -> dict[str, float]:
         """Notes how many times ``worse`` is ``better``, one ratio a repeat."""
@@ -91,7 +99,7 @@ class Session:
             for name in names:
                 given = {"model": str(folder), "dtype": dtype, "threads": self.options.threads, **settings}
                 try:
-                    found[name] = Contender(name, self.cache, given, isolated=not self.quick)
+                    found[name] = Contender(name, self.cache, given, isolated=self.options.isolated or not self.quick)
                 except (InstallError, PeerError) as error:
                     if name.startswith(OURS):
                         raise
@@ -121,6 +129,7 @@ class Session:
             yield opened["transformers"]
 
     def _agree(self, found: Mapping[str, Contender], judge: Contender) -> None:
-        shares = agreement.teacher_forced(found, judge, self.vocab_size, 2 if self.quick else 6)
+        whole = {**found, "transformers": judge}
+        shares = agreement.teacher_forced(whole, judge, self.vocab_size, 2 if self.quick else 6)
         print("likeliest to the reference: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
         self.report.setdefault("teacher_forced", {}).update({n: round(share, 4) for n, share in shares.items()})

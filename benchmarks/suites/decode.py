@@ -25,18 +25,20 @@ def run(session: Session) -> None:
         speeds = measure(session, found, counts)
     ours = speeds.get(session.ours, {})
     lines = []
+    weights = weight_bytes(options.model, options.dtype)
+    session.report["share_of_read_limit"] = {}
     for rows in counts:
-        limit = session.limits.read / weight_bytes(options.model, options.dtype) * rows
         for name in found:
             mine, its = ours[rows], speeds[name][rows]
-            line = [f"{rows} rows: {name}", f"{statistics.median(its):.1f}", f"{statistics.median(its) / limit:.0%}"]
+            shares = [s * weights / limits.read / rows for s, limits in zip(its, session.each_limits, strict=True)]
+            share = statistics.median(shares)
+            line = [f"{rows} rows: {name}", f"{statistics.median(its):.1f}", f"{share:.0%}"]
             against = "" if name == session.ours else times(session.ratio(f"{rows} rows against {name}", its, mine))
             lines.append([*line, against])
+            session.report["share_of_read_limit"][f"{rows} rows: {name}"] = round(share, 3)
     session.report["tokens_per_second"] = {
         name: {rows: [round(s, 1) for s in each] for rows, each in found.items()} for name, found in speeds.items()
     }
-    share = statistics.median(ours[counts[0]]) * weight_bytes(options.model, options.dtype) / session.limits.read
-    session.report["share_of_read_limit"] = round(share / counts[0], 3)
     show(
         f"{options.model} {options.dtype}, decode; {session.limits}",
         ["", "tokens/s", "of the read limit", "ours against it"],

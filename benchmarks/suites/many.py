@@ -25,7 +25,7 @@ def run(session: Session) -> None:
     size = total // PARTS
     folder = checkpoint("tiny", options.dtype, session.cache)
     pipe = Pipeline(str(folder), stopping=("length",), batch_size=options.batch_size, dtype=options.dtype)
-    session.limits = machine.measure(options.dtype, session.quick)
+    session.each_limits.append(machine.measure(options.dtype, session.quick))
 
     def requests() -> Iterator[Any]:
         for at in range(total + size):

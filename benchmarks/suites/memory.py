@@ -25,7 +25,7 @@ def run(session: Session) -> None:
     needed = weight_bytes(options.model, options.dtype) + rows * (prompt + new) * kv_bytes(options.model, options.dtype)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for repeat in range(options.repeats):
-        session.limits = session.limits.best(machine.measure(options.dtype, session.quick))
+        session.each_limits.append(machine.measure(options.dtype, session.quick))
         for name in names:
             with session.contender(name, rows=rows, context=prompt + new + 64) as contender:
                 if contender is not None:
