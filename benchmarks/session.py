@@ -84,9 +84,9 @@ class Session:
         """The best that the machine showed in the whole run."""
         return functools.reduce(machine.Machine.best, self.each_limits, machine.Machine())
 
-    def ratio(self, name: str, better: Sequence[float], worse: Sequence[float]) -> dict[str, float]:
-        """Notes how many times ``worse`` is ``better``, one ratio a repeat."""
-        each = [b / a for a, b in zip(better, worse, strict=True) if a]
+    def ratio(self, name: str, below: Sequence[float], above: Sequence[float]) -> dict[str, float]:
+        """Notes how many times ``below`` goes into ``above``, one ratio a repeat."""
+        each = [a / b for b, a in zip(below, above, strict=True) if b]
         found = {"median": statistics.median(each), "least": min(each), "most": max(each)} if each else {}
         self.report["ratios"][name] = {key: round(value, 3) for key, value in found.items()}
         return found
@@ -101,7 +101,7 @@ class Session:
                 try:
                     found[name] = Contender(name, self.cache, given, isolated=self.options.isolated or not self.quick)
                 except (InstallError, PeerError) as error:
-                    if name.startswith(OURS):
+                    if name == self.ours:
                         raise
                     self.report["missing"][name] = str(error)
                     print(f"without {name}: {error}", flush=True)

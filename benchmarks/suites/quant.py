@@ -1,4 +1,4 @@
-"""The policies for weights that are installed, against packed weights and against llama.cpp's formats."""
+"""The policies for weights that are installed, against the default (packed bfloat16) and llama.cpp's formats."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from workload import equal
 
 from suites import decode
 
-POLICIES = ("packed", "int8", "int4")
-PAIRS = {"packed": "llama.cpp", "int8": "llama.cpp:q8_0", "int4": "llama.cpp:q4_0"}
+PAIRS = {OURS: "llama.cpp", f"{OURS}:int8": "llama.cpp:q8_0", f"{OURS}:int4": "llama.cpp:q4_0"}
 PREFILL = 512
 
 
@@ -22,8 +21,7 @@ def run(session: Session) -> None:
 
     options = session.options
     installed = {part.name for part in registry.installed() if part.kind == "quantization"}
-    known = [policy for policy in POLICIES if policy in installed]
-    names = [f"{OURS}:{policy}" for policy in known] or [OURS]
+    names = [name for name in PAIRS if name == OURS or name.partition(":")[2] in installed]
     peers = options.peers if options.peers is not None else []
     counts = options.rows or ([1, 2] if session.quick else [1, 32])
     length = 16 if session.quick else PREFILL
@@ -39,16 +37,14 @@ def run(session: Session) -> None:
     lines = []
     for case, by_name in cases.items():
         for name, each in by_name.items():
-            policy = name.partition(":")[2]
-            packed, peer = f"{OURS}:packed", PAIRS.get(policy, "")
-            ours = name.startswith(f"{OURS}:")
             cells = [f"{case}: {name}", f"{statistics.median(each):.1f}", "", ""]
-            if ours and packed in by_name and name != packed:
-                cells[2] = times(session.ratio(f"{case}: {policy} against packed", by_name[packed], each))
-            if ours and peer in by_name:
-                cells[3] = times(session.ratio(f"{case}: {policy} against {peer}", by_name[peer], each))
+            if name in PAIRS and name != OURS:
+                cells[2] = times(session.ratio(f"{case}: {name} against bfloat16", by_name[OURS], each))
+            if PAIRS.get(name) in by_name:
+                cells[3] = times(session.ratio(f"{case}: {name} against its like", by_name[PAIRS[name]], each))
             lines.append(cells)
     session.report["tokens_per_second"] = {
         case: {name: [round(s, 1) for s in each] for name, each in by_name.items()} for case, by_name in cases.items()
     }
-    show(f"{options.model}; {session.limits}", ["", "tokens/s", "against packed", "against llama.cpp's like"], lines)
+    head = ["", "tokens/s", "against ours in bfloat16", "against llama.cpp's like"]
+    show(f"{options.model}; {session.limits}", head, lines)
