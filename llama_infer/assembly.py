@@ -53,6 +53,7 @@ def load(pipeline: Pipeline) -> Shared:
         id(brought),
         _fingerprint(source.model),
         _fingerprint(source.tokenizer),
+        _fingerprint(source.adapter),
     )
     return _share(key, lambda: _from_source(pipeline, source, brought))
 
@@ -127,6 +128,9 @@ def _source(pipeline: Pipeline) -> Source:
         device_map=pipeline.device_map,
         attention=pipeline.attention,
         quantization=pipeline.quantization,
+        adapter=None if pipeline.adapter is None else os.fspath(pipeline.adapter),
+        merge_adapter=bool(pipeline.merge_adapter),
+        local_files_only=bool(pipeline.local_files_only),
         trust_remote_code=bool(pipeline.trust_remote_code),
     )
 
@@ -142,7 +146,7 @@ def _from_model(pipeline: Pipeline) -> LoadedModel:
     """A transformers model that the caller brought."""
     from .models.describe import describe
 
-    set_elsewhere = ("dtype", "device", "device_map", "quantization", "revision")
+    set_elsewhere = ("dtype", "device", "device_map", "quantization", "revision", "adapter")
     given = [name for name in set_elsewhere if getattr(pipeline, name) is not None]
     if given:
         raise UnsupportedError(f"{', '.join(given)}: set on a model that is loaded already; load it that way yourself")

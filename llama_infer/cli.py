@@ -1,4 +1,4 @@
-"""The command line: ``llama-infer run``, ``chat`` and ``parts``. Nothing here loads torch before a model is needed."""
+"""The command line: ``llama-infer run``, ``chat``, ``convert``, ``parts``. No torch before a model is needed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from . import __version__
 from .commands.chat import chat
+from .commands.convert import add_convert_options, convert
 from .commands.options import add_model_options, add_prompt_options, add_sampling_options
 from .commands.parts import parts
 from .commands.run import one_line, run
@@ -21,9 +22,10 @@ _ABOUT = """\
 Answer prompts with a Llama-family model.
 
 commands:
-  run     a file of prompts in, predictions out
-  chat    a conversation in the terminal
-  parts   the parts that pipelines are built of"""
+  run      a file of prompts in, predictions out
+  chat     a conversation in the terminal
+  convert  a checkpoint as safetensors: Meta's layout, a merged adapter
+  parts    the parts that pipelines are built of"""
 _EXAMPLES = """\
 examples:
   llama-infer run                             the sample prompts, the built-in model
@@ -53,6 +55,13 @@ examples:
   llama-infer run --interactive"""
 _CHAT = """\
 Talks with the model in the terminal and remembers what was said. /help lists the commands of a conversation."""
+_CONVERT = """\
+Writes a checkpoint as safetensors with its config and tokenizer into a new folder, which appears when it is complete or
+not at all. SOURCE is Meta's original layout (params.json, consolidated.*.pth), or a model with an adapter to merge."""
+_CONVERT_MORE = """\
+examples:
+  llama-infer convert Meta-Llama-3-8B/original ./llama-3-8b
+  llama-infer convert ./llama-3-8b ./merged --adapter ./llama-3-chinese-8b-lora --dtype bfloat16"""
 _PARTS = """\
 Lists everything that can be named in a slot of a pipeline, with the package that it comes from."""
 
@@ -138,6 +147,13 @@ def _chat(words: Sequence[str]) -> int:
     return chat(parser.parse(words))
 
 
+def _convert(words: Sequence[str]) -> int:
+    parser = _Parser("llama-infer convert", _CONVERT, _CONVERT_MORE)
+    parser.usage = "llama-infer convert SOURCE TARGET [OPTION ...]"
+    add_convert_options(parser)
+    return convert(parser.parse(words))
+
+
 def _parts(words: Sequence[str]) -> int:
     parser = _Parser("llama-infer parts", _PARTS)
     parser.add_argument("--json", action="store_true", help="as JSON")
@@ -145,7 +161,7 @@ def _parts(words: Sequence[str]) -> int:
 
 
 _COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = MappingProxyType(
-    {"run": _run, "chat": _chat, "parts": _parts}
+    {"run": _run, "chat": _chat, "convert": _convert, "parts": _parts}
 )
 
 

@@ -12,6 +12,7 @@
     │   └── UnsafeCheckpointError              a checkpoint that would have to run code
     ├── DataFileError (ValueError)             a file of prompts or predictions that cannot be read or written
     │   └── MissingFileError (FileNotFoundError)
+    ├── SavingError (OSError)                  a converted checkpoint that cannot be written
     ├── MissingDependencyError (ImportError)   an optional package is needed: the message holds the pip line
     └── GenerationError (RuntimeError)         a request failed while it was decoded
         ├── NonFiniteLogitsError               NaN or +inf among the logits
@@ -74,6 +75,10 @@ class DataFileError(LlamaInferError, ValueError):
 
 class MissingFileError(DataFileError, FileNotFoundError):
     """A file that was named does not exist."""
+
+
+class SavingError(LlamaInferError, OSError):
+    """A converted checkpoint cannot be written."""
 
 
 class MissingDependencyError(LlamaInferError, ImportError):

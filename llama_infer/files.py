@@ -6,13 +6,14 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, TypeAlias
 
-from .errors import DataFileError, MissingFileError
+from .errors import DataFileError, MissingFileError, SavingError
 
 fcntl: ModuleType | None
 try:
@@ -127,6 +128,30 @@ def write_atomically(path: Path, content: Iterable[bytes], temporary: Path | Non
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        raise
+    _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which appears under its name when all of it is on the disk, or not at all.
+
+    Raises :class:`SavingError` when there is something of that name already, and OSError when the disk fails.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise SavingError(f"{str(path)!r} exists already: name another folder, or remove it first")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in [entry for entry in temporary.rglob("*") if entry.is_file()]:
+            with open(file, "rb+") as opened:
+                os.fsync(opened.fileno())
+        _sync_folder(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_folder(path.parent)
 

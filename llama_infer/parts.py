@@ -256,6 +256,9 @@ class Source:
     device_map: str | Mapping[str, Any] | None = None
     attention: str | None = None
     quantization: Any = None
+    adapter: str | None = None
+    merge_adapter: bool = True
+    local_files_only: bool = False
     trust_remote_code: bool = False
 
 

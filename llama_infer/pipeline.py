@@ -88,6 +88,8 @@ class Pipeline:
         device_map: as in transformers, in place of ``device``.
         attention: "sdpa" (default), "eager" or "flash_attention_2".
         quantization: a policy, such as "bnb-int8"; by default "packed" where it exists; "none" leaves the layers alone.
+        adapter: a LoRA adapter of peft, a folder or hub id.
+        merge_adapter: whether it is added to the weights, or else kept beside them (for quantised weights).
         loader, formatter, sampler, strategy, cache, backend: one part each.
         processors, stopping: any number of parts, in this order.
         observers: called with every event (chunks and completions) of every run.
@@ -95,6 +97,7 @@ class Pipeline:
         batch_size: rows decoded at once; by default 32 on a CPU, 128 on a GPU.
         prefix_cache: tokens of earlier prompts and answers whose keys and values are kept for prompts that begin
             alike, the least recently used out; 0: none. Make a new pipeline after changing the model's weights.
+        local_files_only: use what the hub's cache holds and ask nobody for more.
         trust_remote_code: whether a checkpoint may bring its own code.
 
     A part is a name (see ``llama-infer parts``), an object, or a plain function. Raises a
@@ -111,6 +114,8 @@ class Pipeline:
     device_map: Any = None
     attention: str | None = None
     quantization: Any = None
+    adapter: Any = None
+    merge_adapter: bool = True
     loader: Any = "auto"
     formatter: Any = "auto"
     processors: Any = DEFAULT_PROCESSORS
@@ -123,6 +128,7 @@ class Pipeline:
     params: Mapping[str, Value] | GenerationConfig = field(default_factory=dict)
     batch_size: int | None = None
     prefix_cache: int = 8192
+    local_files_only: bool = False
     trust_remote_code: bool = False
     _shared: Shared = field(init=False)
     _assembly: Assembly = field(init=False)

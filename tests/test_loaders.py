@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llama_infer.errors import LoadingError, MissingDependencyError, ParameterError, UnsupportedError
-from llama_infer.models import devices, loaders
+from llama_infer.models import devices, loaders, locate
 from llama_infer.models.loaders import AutoLoader
 from llama_infer.parts import Source
 from llama_infer.registry import register
@@ -361,8 +361,8 @@ def test_hub_checkpoint_is_checked_before_its_weights_are_fetched(monkeypatch, f
 
 
 def test_demo_is_the_built_in_folder(monkeypatch, folder):
-    assert loaders.DEMO.name == "demo" and loaders.DEMO.parent.name == "llama_infer"
-    monkeypatch.setattr(loaders, "DEMO", folder)
+    assert locate.DEMO.name == "demo" and locate.DEMO.parent.name == "llama_infer"
+    monkeypatch.setattr(locate, "DEMO", folder)
     assert load("demo").context_length == 512
 
 

@@ -37,6 +37,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--load-in-8bit", action="store_true", help="8-bit weights: the same as --quantization bnb-int8")
     add("--load-in-4bit", action="store_true", help="4-bit weights: the same as --quantization bnb-nf4")
     add("--quantization", metavar="NAME", help="policy for the weights; llama-infer parts lists them")
+    add("--adapter", metavar="MODEL", help="folder or hub id of a LoRA adapter, merged into the weights as they load")
+    add("--no-merge-adapter", action="store_true", help="keep the adapter beside the weights, which may be quantised")
+    add("--local-files-only", action="store_true", help="use what the hub's cache holds and ask nobody for more")
     add("--attention", metavar="NAME", help="sdpa, eager or flash_attention_2; default: what suits the model")
     add("--use-flash-attention-2", action="store_true", help="the same as --attention flash_attention_2")
     add("--use-vllm", action="store_true", help="run on vLLM, where a backend of that name is installed")
@@ -188,6 +191,9 @@ def pipeline_options(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": args.dtype,
         "device": args.device,
         "quantization": _quantization(args),
+        "adapter": args.adapter,
+        "merge_adapter": not args.no_merge_adapter,
+        "local_files_only": args.local_files_only,
         "attention": args.attention,
         "batch_size": args.batch_size,
         "trust_remote_code": args.trust_remote_code,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -82,7 +82,7 @@ def check_config(folder: Path, trust_remote_code: bool = False) -> dict[str, Any
         raise LoadingError(f"there is no folder {folder}: check the path, or give a hub id such as 'org/name'")
     if not (folder / CONFIG).is_file():
         adapter = (folder / "adapter_config.json").is_file()
-        hint = "it holds a LoRA adapter: merge that into its base model first" if adapter else "is it a checkpoint?"
+        hint = "it holds an adapter: load its base model with adapter=" if adapter else "is it a checkpoint?"
         raise LoadingError(f"{folder} has no {CONFIG}; {hint}")
     config = read_json(folder / CONFIG)
     if (folder / "adapter_config.json").is_file():
@@ -199,7 +199,7 @@ def _inside(folder: Path, name: Any, source: Path) -> Path:
 
 
 def _no_weights(folder: Path) -> LoadingError:
-    pickles = sorted(_names(folder, PICKLES))
+    pickles = names_of_pickles(folder)
     if pickles:
         return UnsafeCheckpointError(
             f"{folder} has only pickled weights ({', '.join(pickles[:3])}), which can execute code and are never "
@@ -208,8 +208,9 @@ def _no_weights(folder: Path) -> LoadingError:
     return LoadingError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX} is there (pickles never count)")
 
 
-def _names(folder: Path, endings: tuple[str, ...]) -> Iterator[str]:
-    return (path.name for path in folder.iterdir() if path.name.endswith(endings) and path.name != "training_args.bin")
+def names_of_pickles(folder: Path) -> list[str]:
+    """The pickled files of a folder, but for what trainers leave, which never held weights."""
+    return sorted(p.name for p in folder.iterdir() if p.name.endswith(PICKLES) and p.name != "training_args.bin")
 
 
 def _embedding_rows(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> int | None:

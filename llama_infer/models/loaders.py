@@ -7,9 +7,7 @@ transformers, which reads safetensors only and never runs code of a checkpoint u
 from __future__ import annotations
 
 import importlib.util
-import os
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +21,7 @@ from ..errors import (
 )
 from ..parts import LoadedModel, Source
 from ..types import Value
+from .adapters import Adapter, check_adapter, check_adapter_config
 from .checks import (
     Checkpoint,
     check_checkpoint,
@@ -33,22 +32,17 @@ from .checks import (
     read_json,
 )
 from .devices import default_dtype, dtype_name, pick_device
+from .locate import locate
 from .weights import first_line, load_model, quiet
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DEMO = Path(__file__).resolve().parent.parent / "demo"
-"""The folder that ``model="demo"`` stands for."""
-
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 END_TOKENS = ("<|eot_id|>", "<|end_of_text|>")
 UNBOUNDED = 1 << 30
 """The context length of a model that declares none."""
-
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
-_TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 class AutoLoader:
@@ -75,19 +69,19 @@ class AutoLoader:
         if source.device is not None and source.device_map is not None:
             raise UnsupportedError("device and device_map were both given: device_map places every part, leave device")
         name = dtype_name(source.dtype) if source.dtype is not None else None
-        trust = bool(source.trust_remote_code)
-        checkpoint = check_checkpoint(locate(source.model, source.revision, trust), trust)
+        checkpoint = examine(source)
         if source.quantization not in (None, "none") and checkpoint.quantization:
             raise UnsupportedError(
                 f"{checkpoint.folder} is already quantised ({checkpoint.quantization}): leave out "
                 f"quantization={source.quantization!r}"
             )
+        adapter = _locate_adapter(source, checkpoint)
         device = pick_device(source.device)
         dtype, notes = _pick_dtype(name, checkpoint, device)
         attention = _pick_attention(source.attention, device, dtype)
         generation = read_generation(checkpoint.folder)
-        tokenizer = _load_tokenizer(source, checkpoint)
-        model = load_model(source, checkpoint, dtype, attention, device)
+        tokenizer = _tokenizer_of(source, checkpoint, adapter)
+        model = load_model(source, checkpoint, dtype, attention, device, adapter)
         return LoadedModel(
             model=model,
             tokenizer=tokenizer,
@@ -101,28 +95,11 @@ class AutoLoader:
         )
 
 
-def locate(model: str, revision: str | None = None, trust_remote_code: bool = False, weights: bool = True) -> Path:
-    """The folder of a checkpoint: "demo", a path, or a hub id, which is downloaded into the hub's cache.
-
-    ``weights=False`` leaves the weights (for a tokenizer). Raises LoadingError, in one line, for what is not there.
-    """
-    if model == "demo":
-        return DEMO
-    path = os.path.expanduser(model)
-    if os.path.isdir(path):  # unlike Path.is_dir it says no to names that no file can have
-        if revision is not None:
-            raise UnsupportedError(f"revision={revision!r} belongs to a hub id, and {model!r} is a folder")
-        return Path(path)
-    if os.path.isfile(path):
-        raise LoadingError(f"{model!r} is a file: give the folder of a transformers checkpoint that holds it")
-    if not _HUB_ID.match(model):
-        raise LoadingError(f"there is no folder {model!r}, and it is no hub id either ('org/name')")
-    texts = [*_TEXT_FILES, "*.py"] if trust_remote_code else [*_TEXT_FILES]
-    folder = _download(model, revision, texts)
-    if not weights:
-        return folder
-    check_config(folder, trust_remote_code)  # gigabytes are fetched only for what may be loaded
-    return _download(model, revision, [*texts, "*.safetensors"])
+def examine(source: Source) -> Checkpoint:
+    """The checkpoint that a source names, brought here and checked; nothing of it is loaded."""
+    trust = bool(source.trust_remote_code)
+    folder = _locate(source, source.model, source.revision, lambda found: check_config(found, trust))
+    return check_checkpoint(folder, trust)
 
 
 def read_generation(folder: Path) -> dict[str, Value]:
@@ -151,32 +128,6 @@ def context_length(config: Any) -> int:
     """How many tokens the positions of a model cover; :data:`UNBOUNDED` when its config does not say."""
     declared = getattr(config.get_text_config(), "max_position_embeddings", None)
     return declared if isinstance(declared, int) and declared > 0 else UNBOUNDED
-
-
-def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RevisionNotFoundError
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
-            )
-        )
-    except LocalEntryNotFoundError as error:
-        at = f" at revision {revision!r}" if revision else ""
-        raise LoadingError(
-            f"{model!r}{at} is no folder here, is not in the hub's cache, and the hub cannot be reached: check the "
-            "name, go online once, or copy the checkpoint here and give its folder"
-        ) from error
-    except GatedRepoError as error:
-        raise LoadingError(f"{model!r} is gated: accept its terms on the hub, then `hf auth login`") from error
-    except RevisionNotFoundError as error:
-        raise LoadingError(
-            f"{model!r} has no revision {revision!r} on the hub: check the name of the branch"
-        ) from error
-    except Exception as error:  # whatever else the hub or the network may answer
-        raise LoadingError(f"{model!r} is no folder here, and the hub does not give it: {first_line(error)}") from error
 
 
 def _pick_dtype(
@@ -215,13 +166,38 @@ def _pick_attention(name: str | None, device: torch.device, dtype: torch.dtype |
     return name
 
 
-def _load_tokenizer(source: Source, checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
-    folder = checkpoint.folder
+def _locate(
+    source: Source, name: str, revision: str | None = None, check: Callable[[Path], object] | None = None
+) -> Path:
+    return locate(name, revision, bool(source.trust_remote_code), source.local_files_only, check)
+
+
+def _locate_adapter(source: Source, checkpoint: Checkpoint) -> Adapter | None:
+    if source.adapter is None:
+        return None
+    if source.merge_adapter and checkpoint.quantization:
+        raise UnsupportedError(
+            f"{checkpoint.folder} is quantised ({checkpoint.quantization}), nothing can be merged into its weights: "
+            "merge_adapter=False keeps the adapter beside them"
+        )
+    return check_adapter(_locate(source, source.adapter, check=check_adapter_config))
+
+
+def _tokenizer_of(source: Source, checkpoint: Checkpoint, adapter: Adapter | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was asked for, else the adapter's, else the checkpoint's."""
+    own = adapter.folder if adapter and has_tokenizer(adapter.folder) else checkpoint.folder
+    rows = adapter.embedding_rows if adapter and adapter.embedding_rows else checkpoint.embedding_rows
+    return load_tokenizer(source, own, rows)
+
+
+def load_tokenizer(source: Source, folder: Path, rows: int | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that a source names, else that of a folder, if it has one; ``rows`` token ids have embeddings."""
+    trust = bool(source.trust_remote_code)
     if source.tokenizer is not None:
-        folder = locate(source.tokenizer, trust_remote_code=bool(source.trust_remote_code), weights=False)
-        check_tokenizer_config(folder, source.trust_remote_code)
-        if (folder / "config.json").is_file():  # transformers may read it to find the tokenizer's class
-            check_config(folder, source.trust_remote_code)
+        folder = _locate(source, source.tokenizer)
+    check_tokenizer_config(folder, trust)
+    if (folder / "config.json").is_file():  # transformers may read it to find the tokenizer's class
+        check_config(folder, trust)
     if not has_tokenizer(folder):
         if source.tokenizer is None:
             return None
@@ -231,12 +207,12 @@ def _load_tokenizer(source: Source, checkpoint: Checkpoint) -> PreTrainedTokeniz
     try:
         with quiet():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=bool(source.trust_remote_code), local_files_only=True
+                folder, trust_remote_code=trust, local_files_only=True
             )
         ids = tokenizer.get_vocab()
     except Exception as error:
         raise LoadingError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
-    check_vocabulary(folder, ids, checkpoint.embedding_rows)
+    check_vocabulary(folder, ids, rows)
     return tokenizer
 
 

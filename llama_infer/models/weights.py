@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LlamaInferError, LoadingError
+from ..errors import LlamaInferError, LoadingError, UnsupportedError
 from ..parts import Source
 from ..registry import resolve
+from .adapters import Adapter, apply_adapter
 from .checks import Checkpoint
 from .quantization import plain_layouts, prepare_bitsandbytes
 
@@ -21,9 +22,15 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    source: Source, checkpoint: Checkpoint, dtype: torch.dtype | str, attention: str | None, device: torch.device
+    source: Source,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | str,
+    attention: str | None,
+    device: torch.device,
+    adapter: Adapter | None = None,
 ) -> PreTrainedModel:
-    """The model of a checkpoint that passed its checks, in eval mode, after its policy (else the automatic one)."""
+    """The model of a checkpoint that passed its checks, in eval mode, with its adapter, after its policy (else the
+    automatic one)."""
     policy = _policy(source, checkpoint, dtype, device)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     if source.device_map is not None:
@@ -33,11 +40,18 @@ def load_model(
         options["device_map"] = {"": str(device)}
     if hasattr(policy, "options"):
         options.update(policy.options(source))
+    if adapter is not None and source.merge_adapter and "quantization_config" in options:
+        raise UnsupportedError(
+            f"quantization={source.quantization!r} quantises as it loads, too early for an adapter to be merged: "
+            "merge_adapter=False keeps it beside the weights, `llama-infer convert --adapter` merges it beforehand"
+        )
     if checkpoint.quantization == "bitsandbytes":
         prepare_bitsandbytes()
     model = _from_pretrained(checkpoint.folder, options, bool(source.trust_remote_code))
     if checkpoint.quantization == "bitsandbytes":
         plain_layouts(model)
+    if adapter is not None:
+        model = apply_adapter(model, adapter, source.merge_adapter)
     if hasattr(policy, "convert"):
         model = policy.convert(model)
     return model
