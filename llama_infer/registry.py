@@ -73,6 +73,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
     "strategy": {"sample": "llama_infer.strategies.sample:Sample"},
     "cache": {
         "slots": "llama_infer.cache.slots:SlotCache",
+        "slots-int8": "llama_infer.cache.int8:Int8SlotCache",
         "plain": "llama_infer.cache.plain:PlainCache",
     },
     "loader": {"auto": "llama_infer.models.loaders:AutoLoader"},

@@ -30,8 +30,8 @@ class PlainCache:
         """A new empty cache for the model."""
         return PlainCache(model.config)
 
-    def extend(self, count: int) -> None:
-        """Gives the next ``count`` rows an empty cache."""
+    def extend(self, count: int, room: int = 0) -> None:
+        """Gives the next ``count`` rows an empty cache, which grows as it is fed whatever its ``room`` may be."""
         self.lengths += [0] * count
         self._rows += [DynamicCache(config=self._config) for _ in range(count)]
 

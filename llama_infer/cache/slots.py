@@ -1,12 +1,16 @@
 """Row i of the batch owns slot i of every layer's buffers; the only file that names transformers' Cache methods.
 
-The layers stand in a transformers ``DynamicCache``, so the model's own forward fills them. Buffers grow geometrically
-and are written in place. They are made of zeros: what a mask hides must still be finite.
+The layers stand in a transformers ``DynamicCache``, so the model's own forward fills them. Buffers are written in
+place. On the CPU they are made as large as the requests may need, where that is known; else they grow geometrically,
+layer by layer, so that no two copies of the whole cache ever exist. They are made of zeros: what a mask hides must still
+be finite.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+import mmap
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,22 +35,26 @@ class SlotCache:
         self.past: DynamicCache | None = None
         self.lengths: list[int] = []
         self._layers: list[SlotLayer] = []
+        self._room = 0
+        self._reserves = False
 
     def bind(self, model: PreTrainedModel) -> SlotCache:
         """A new empty cache for the model."""
-        cache = SlotCache()
-        make: Callable[[], SlotLayer] = SlotLayer
-        cache._layers = [make() for _ in range(model.config.get_text_config().num_hidden_layers)]
+        cache = type(self)()
+        cache._layers = [self._layer() for _ in range(model.config.get_text_config().num_hidden_layers)]
+        cache._reserves = model.device.type == "cpu"  # where memory costs nothing until it is written
         cache.past = DynamicCache()
         cache.past.layers, cache.past.layer_class_to_replicate = list(cache._layers), None
         return cache
 
-    def extend(self, count: int) -> None:
-        """Gives the next ``count`` rows an empty slot."""
+    def extend(self, count: int, room: int = 0) -> None:
+        """Gives the next ``count`` rows an empty slot. ``room``: tokens that one of them may come to hold, if known."""
         self.lengths += [0] * count
+        self._room = max(self._room, room if self._reserves else 0)
 
     def calls(self, layout: Layout, tokens: Tensor) -> Iterator[dict[str, Any]]:
         """The arguments of one forward over all rows; what it feeds counts as held from here on."""
+        self._make_room(len(layout.spans), layout.width)
         for layer in self._layers:
             layer.layout = layout
         self.lengths = [span.end for span in layout.spans]
@@ -62,84 +70,144 @@ class SlotCache:
         }
 
     def select(self, index: Sequence[int]) -> None:
-        """Row i becomes what row ``index[i]`` was. Only rows that change place are copied."""
-        width = max(self.lengths, default=0)
-        self.lengths = [self.lengths[row] for row in index]
-        moved = [row for row, source in enumerate(index) if row != source]
-        if moved and width:
+        """Row i becomes what row ``index[i]`` was. Only rows that change place are copied; without rows, no memory is
+        held."""
+        before, self.lengths = self.lengths, [self.lengths[row] for row in index]
+        if not index:
+            self._room = 0
             for layer in self._layers:
-                layer.move(moved, [index[row] for row in moved], width)
+                layer.reset()
+            return
+        moved = [row for row, source in enumerate(index) if row != source]
+        width = max((self.lengths[row] for row in moved), default=0)
+        if width:
+            self._make_room(len(index), width)
+            for layer in self._layers:
+                layer.move(moved, [index[row] for row in moved], width, before)
 
-    def copy(self, row: int, start: int, end: int) -> list[tuple[Tensor, Tensor]]:
-        """A row's keys and values of the tokens ``start``..``end`` (exclusive), layer by layer, for :meth:`paste`."""
+    def copy(self, row: int, start: int, end: int) -> list[tuple[Tensor, ...]]:
+        """What is held of a row's tokens ``start``..``end`` (exclusive), layer by layer, for :meth:`paste`."""
         return [layer.copy(row, start, end) for layer in self._layers]
 
-    def paste(self, row: int, at: int, kept: Sequence[tuple[Tensor, Tensor]], count: int) -> None:
+    def paste(self, row: int, at: int, kept: Sequence[tuple[Tensor, ...]], count: int) -> None:
         """Gives a row, from token ``at`` on, the first ``count`` tokens of a copy; that much counts as held."""
+        self._make_room(row + 1, at + count)
         for layer, states in zip(self._layers, kept, strict=True):
-            layer.paste(row, at, states, count)
+            layer.paste(row, at, states, count, self.lengths)
         self.lengths[row] = at + count
 
     def erase(self, rows: Sequence[int]) -> None:
         """Empties slots for good: NaN left behind would reach the slot's next owner through masked attention."""
         for layer in self._layers:
-            layer.erase(rows)
+            layer.erase([(row, self.lengths[row]) for row in rows])
+
+    def _layer(self) -> SlotLayer:
+        return SlotLayer()
+
+    def _make_room(self, slots: int, tokens: int) -> None:
+        """Says how large the buffers have to be; each layer grows when it is next written."""
+        held = self._layers[0].size
+        slots = held[0] if slots <= held[0] else max(slots, 2 * held[0])
+        tokens = held[1] if tokens <= held[1] else max(tokens, 2 * held[1], _TOKENS, self._room)
+        for layer in self._layers:
+            layer.size = slots, tokens
 
 
 class SlotLayer(DynamicLayer):
-    """One layer's buffers [slots, kv heads, capacity, head_dim]; ``keys`` and ``values`` are views of them."""
+    """One layer's buffers [slots, kv heads, capacity, n]; ``keys`` and ``values`` are views of them.
+
+    A layer that stores something else than keys and values [..., head_dim] says what in :meth:`encode` and
+    :meth:`decode`.
+    """
 
     layout: Layout
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0, 0
+        self._keys: tuple[Tensor, ...] = ()
+        self._values: tuple[Tensor, ...] = ()
+
+    def encode(self, states: Tensor) -> tuple[Tensor, ...]:
+        """What is stored of [..., tokens, head_dim]: tensors [..., tokens, n]."""
+        return (states,)
+
+    def decode(self, stored: tuple[Tensor, ...]) -> Tensor:
+        """The way back."""
+        return stored[0]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes the packed tokens [1, kv heads, N, head_dim] where they belong; returns all rows up to the width."""
         layout = self.layout
         rows, width = len(layout.spans), layout.width
-        self._make(key_states, value_states)
-        self._reserve(rows, width)
-        for buffer, states in ((self._keys, key_states), (self._values, value_states)):
-            buffer[layout.rows, :, layout.positions] = states[0].transpose(0, 1)
-        self.keys, self.values = self._keys[:rows, :, :width], self._values[:rows, :, :width]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = self.encode(key_states[0].transpose(0, 1)), self.encode(value_states[0].transpose(0, 1))
+        self._fit(keys, values, [span.old for span in layout.spans])
+        for buffer, states in zip(self._keys + self._values, keys + values, strict=True):
+            buffer[layout.rows, :, layout.positions] = states
+        self.keys, self.values = (
+            self.decode(tuple(buffer[:rows, :, :width] for buffer in buffers)) for buffers in (self._keys, self._values)
+        )
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
         return self.layout.width if self.is_initialized else 0
 
-    def move(self, targets: list[int], sources: list[int], width: int) -> None:
-        """Slots ``targets`` get the first ``width`` tokens of ``sources``."""
-        if self.is_initialized:
-            self._reserve(max(targets) + 1, width)
-            for buffer in (self._keys, self._values):
-                buffer[targets, :, :width] = buffer[sources, :, :width]
+    def reset(self) -> None:
+        """Gives all memory back."""
+        self.size, self._keys, self._values = (0, 0), (), ()
+        self.keys = self.values = None
+        self.is_initialized = False
 
-    def copy(self, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        return self._keys[row, :, start:end].clone(), self._values[row, :, start:end].clone()
+    def move(self, targets: list[int], sources: list[int], width: int, lengths: Sequence[int]) -> None:
+        """Slots ``targets`` get the first ``width`` tokens of ``sources``; slots hold ``lengths`` so far."""
+        self._fit(self._keys, self._values, lengths)
+        for buffer in self._keys + self._values:
+            buffer[targets, :, :width] = buffer[sources, :, :width]
 
-    def paste(self, row: int, at: int, states: tuple[Tensor, Tensor], count: int) -> None:
-        self._make(states[0][None], states[1][None])
-        self._reserve(row + 1, at + count)
-        for buffer, held in zip((self._keys, self._values), states, strict=True):
+    def copy(self, row: int, start: int, end: int) -> tuple[Tensor, ...]:
+        return tuple(buffer[row, :, start:end].clone() for buffer in self._keys + self._values)
+
+    def paste(self, row: int, at: int, states: tuple[Tensor, ...], count: int, lengths: Sequence[int]) -> None:
+        half = len(states) // 2
+        # One token in the middle, as in what a forward brings: [tokens, heads, n].
+        self._fit(*(tuple(t.transpose(0, 1) for t in part) for part in (states[:half], states[half:])), lengths)
+        for buffer, held in zip(self._keys + self._values, states, strict=True):
             buffer[row, :, at : at + count] = held[:, :count]
 
-    def erase(self, rows: Sequence[int]) -> None:
-        if self.is_initialized:
-            for buffer in (self._keys, self._values):
-                buffer[list(rows)] = 0
+    def erase(self, rows: Sequence[tuple[int, int]]) -> None:
+        for row, length in rows:
+            for buffer in self._keys + self._values:
+                buffer[row, :, :length] = 0
 
-    def _make(self, keys: Tensor, values: Tensor) -> None:
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-            self._keys, self._values = (t.new_zeros(0, t.shape[1], 0, t.shape[3]) for t in (keys, values))
-
-    def _reserve(self, slots: int, tokens: int) -> None:
-        held = self._keys.shape
-        if slots > held[0] or tokens > held[2]:
-            slots = held[0] if slots <= held[0] else max(slots, 2 * held[0])
-            tokens = held[2] if tokens <= held[2] else max(tokens, 2 * held[2], _TOKENS)
-            self._keys, self._values = (_grow(t, slots, tokens) for t in (self._keys, self._values))
+    def _fit(self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], lengths: Sequence[int]) -> None:
+        """Makes the buffers as large as :attr:`size` says, for what is like the given [tokens, heads, n]; what the
+        slots hold stays."""
+        if not self._keys:
+            self._keys, self._values = (tuple(_zeros(self.size, t) for t in part) for part in (keys, values))
+        elif (self._keys[0].shape[0], self._keys[0].shape[2]) != self.size:
+            self._keys = tuple(_grown(buffer, self.size, lengths) for buffer in self._keys)
+            self._values = tuple(_grown(buffer, self.size, lengths) for buffer in self._values)
 
 
-def _grow(buffer: Tensor, slots: int, tokens: int) -> Tensor:
-    grown = buffer.new_zeros(slots, buffer.shape[1], tokens, buffer.shape[3])
-    grown[: buffer.shape[0], :, : buffer.shape[2]] = buffer
+def _zeros(size: tuple[int, int], like: Tensor) -> Tensor:
+    """[slots, heads, capacity, n] for what is like [tokens, heads, n]. On the CPU the system hands out the memory,
+    zeroed, as it is first written: what a slot does not use yet costs neither time nor memory."""
+    shape = size[0], like.shape[1], size[1], like.shape[2]
+    count = math.prod(shape)
+    if not like.is_cpu or not count:
+        return like.new_zeros(shape)
+    try:
+        memory = mmap.mmap(-1, count * like.element_size(), access=mmap.ACCESS_COPY)
+    except OSError as error:
+        raise MemoryError(f"no room for {size[0]} x {size[1]} tokens in the cache: {error}") from error
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
+
+
+def _grown(buffer: Tensor, size: tuple[int, int], lengths: Sequence[int]) -> Tensor:
+    grown = _zeros(size, buffer[0].transpose(0, 1))
+    for slot, length in enumerate(lengths):
+        if length:
+            grown[slot, :, :length] = buffer[slot, :, :length]
     return grown

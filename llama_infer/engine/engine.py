@@ -162,7 +162,12 @@ class LocalEngine:
     def _join(self, rows: Sequence[LiveSequence], table: Batch) -> None:
         self._rows += rows
         self._batch = table if self._batch is None else self._batch.extend(table)
-        self._cache.extend(len(rows))
+        self._cache.extend(len(rows), self._longest(rows))
+
+    def _longest(self, rows: Sequence[LiveSequence]) -> int:
+        """Tokens that the longest row may come to hold; rows that do not say how many count for none."""
+        known = [len(row.prompt_token_ids) + int(row.params.get("max_new_tokens") or 0) for row in rows]
+        return min(max(known, default=0), self._a.loaded.context_length)
 
     def _decode(self) -> list[Event]:
         """One forward and what comes of it; where memory runs out, again with fewer rows. Until the forward and the
@@ -216,7 +221,7 @@ class LocalEngine:
         index = sorted(staying)
         self._batch = self._pick(index)
         self._rows = [self._rows[row] for row in index]
-        self._cache.extend(len(index))
+        self._cache.extend(len(index), self._longest(self._rows))
         logger.warning("memory ran out: the batch is reduced to %d rows", self._scheduler.batch_size)
         return []
 
@@ -227,7 +232,7 @@ class LocalEngine:
         for sequence in self._rows:
             sequence.cached, sequence.frontier = 0, None
         give_back(self._a.loaded.device)
-        self._cache.extend(rows)
+        self._cache.extend(rows, self._longest(self._rows))
 
     def _move(self, index: Sequence[int]) -> None:
         """The cache follows the rows."""
