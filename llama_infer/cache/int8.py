@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,8 @@ class Int8SlotCache(SlotCache):
     """
 
     def _layer(self) -> SlotLayer:
-        return _Int8Layer()
+        make: Callable[[], SlotLayer] = _Int8Layer
+        return make()
 
 
 class _Int8Layer(SlotLayer):

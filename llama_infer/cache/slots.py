@@ -2,15 +2,15 @@
 
 The layers stand in a transformers ``DynamicCache``, so the model's own forward fills them. Buffers are written in
 place. On the CPU they are made as large as the requests may need, where that is known; else they grow geometrically,
-layer by layer, so that no two copies of the whole cache ever exist. They are made of zeros: what a mask hides must still
-be finite.
+layer by layer, so that no two copies of the whole cache ever exist. They are made of zeros: what a mask hides must be
+finite all the same.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,10 +99,11 @@ class SlotCache:
     def erase(self, rows: Sequence[int]) -> None:
         """Empties slots for good: NaN left behind would reach the slot's next owner through masked attention."""
         for layer in self._layers:
-            layer.erase([(row, self.lengths[row]) for row in rows])
+            layer.erase([(row, self.lengths[row]) for row in rows if self.lengths[row]])
 
     def _layer(self) -> SlotLayer:
-        return SlotLayer()
+        make: Callable[[], SlotLayer] = SlotLayer
+        return make()
 
     def _make_room(self, slots: int, tokens: int) -> None:
         """Says how large the buffers have to be; each layer grows when it is next written."""
@@ -121,12 +122,9 @@ class SlotLayer(DynamicLayer):
     """
 
     layout: Layout
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.size = 0, 0
-        self._keys: tuple[Tensor, ...] = ()
-        self._values: tuple[Tensor, ...] = ()
+    size: tuple[int, int] = (0, 0)
+    _keys: tuple[Tensor, ...] = ()
+    _values: tuple[Tensor, ...] = ()
 
     def encode(self, states: Tensor) -> tuple[Tensor, ...]:
         """What is stored of [..., tokens, head_dim]: tensors [..., tokens, n]."""
@@ -170,9 +168,8 @@ class SlotLayer(DynamicLayer):
         return tuple(buffer[row, :, start:end].clone() for buffer in self._keys + self._values)
 
     def paste(self, row: int, at: int, states: tuple[Tensor, ...], count: int, lengths: Sequence[int]) -> None:
-        half = len(states) // 2
-        # One token in the middle, as in what a forward brings: [tokens, heads, n].
-        self._fit(*(tuple(t.transpose(0, 1) for t in part) for part in (states[:half], states[half:])), lengths)
+        like = tuple(held.transpose(0, 1) for held in states)  # [tokens, heads, n], as what a forward brings
+        self._fit(like[: len(like) // 2], like[len(like) // 2 :], lengths)
         for buffer, held in zip(self._keys + self._values, states, strict=True):
             buffer[row, :, at : at + count] = held[:, :count]
 
