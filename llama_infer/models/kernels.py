@@ -18,7 +18,7 @@ from ..layout import Layout, Piece
 
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, Layout, Piece, "int | None", "float | None"], Tensor]
 
-_FEW = 512
+_FEW = 1024
 """Below so many scores a head, calling costs more than computing: one call then beats three."""
 _BLOCK = 128
 """Queries of a KV head in a product: their scores stay in the processor's cache."""
@@ -53,8 +53,9 @@ def sdpa(
 
 
 def products_pay(q: Tensor, k: Tensor) -> bool:
-    """Whether :func:`products` is the faster one: oneDNN's bfloat16 products are, torch's fused CPU kernel is not."""
-    return q.is_cpu and q.dtype == torch.bfloat16 and q.shape[0] * q.shape[3] * k.shape[2] >= _FEW
+    """Whether :func:`products` is the faster one: prompts in bfloat16 on the CPU. oneDNN's products beat torch's fused
+    kernel there; for single tokens they do not, because keys and values are copied into a dense batch first."""
+    return q.is_cpu and q.dtype == torch.bfloat16 and q.shape[3] > 1 and q.shape[3] * k.shape[2] >= _FEW
 
 
 def products(
