@@ -20,6 +20,7 @@ from .parts import Context, LoadedModel, Param, Source
 from .types import Prompt, Value
 
 if TYPE_CHECKING:
+    from .models.memory import MemoryPlan
     from .pipeline import Pipeline
 
 
@@ -65,9 +66,13 @@ def assemble(
     declared: Mapping[str, Param],
     defaults: Mapping[str, Value],
     size: int,
-) -> Assembly:
-    """Binds the parts to the loaded model."""
+) -> tuple[Assembly, MemoryPlan]:
+    """Binds the parts to the loaded model, and sees how many rows there is memory for."""
+    from .models.memory import plan_batch
+
     loaded = shared.loaded
+    plan = plan_batch(loaded.model, size, loaded.context_length)
+    remembered = int(min(pipeline.prefix_cache, plan.tokens / 4))
     vocab_size = int(loaded.model.config.get_text_config().vocab_size)
     context = Context(loaded.tokenizer, vocab_size, loaded.end_token_ids, loaded.context_length, loaded.device)
     cache = registry.resolve("cache", pipeline.cache)
@@ -78,7 +83,7 @@ def assemble(
             return [token for token in prompt if isinstance(token, int)]
         return list(formatter(prompt, loaded.tokenizer))
 
-    return Assembly(
+    assembly = Assembly(
         loaded=loaded,
         chain=Chain(parts.processors, parts.sampler).bind(context),
         strategy=_bound(parts.strategy, context),
@@ -89,11 +94,13 @@ def assemble(
         defaults=defaults,
         vocab_size=vocab_size,
         detokenizer=shared.detokenizer,
-        batch_size=size,
+        batch_size=plan.batch_size,
+        cache_tokens=plan.tokens,
         lock=shared.lock,
         observers=tuple(pipeline.observers),
-        prefixes=PrefixCache(pipeline.prefix_cache) if pipeline.prefix_cache and hasattr(cache, "paste") else None,
+        prefixes=PrefixCache(remembered) if remembered and hasattr(cache, "paste") else None,
     )
+    return assembly, plan
 
 
 def _bound(part: Any, context: Context) -> Any:

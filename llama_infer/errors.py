@@ -17,7 +17,7 @@
     └── GenerationError (RuntimeError)         a request failed while it was decoded
         ├── NonFiniteLogitsError               NaN or +inf among the logits
         ├── EmptySupportError                  no token is left to choose from
-        └── InsufficientMemoryError            too little memory for the request, even alone
+        └── InsufficientMemoryError            too little memory, even for one request alone
 
 A message says what was given, what is known, and what to do.
 """
@@ -98,7 +98,7 @@ class EmptySupportError(GenerationError):
 
 
 class InsufficientMemoryError(GenerationError):
-    """A request does not fit into memory, even alone and fed in small pieces."""
+    """There is too little memory, even for one request alone."""
 
 
 def suggest(given: str, known: Iterable[str]) -> str:

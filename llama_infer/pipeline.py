@@ -94,7 +94,8 @@ class Pipeline:
         processors, stopping: any number of parts, in this order.
         observers: called with every event (chunks and completions) of every run.
         params: defaults of this pipeline, a mapping or a transformers ``GenerationConfig``.
-        batch_size: rows decoded at once; by default 32 on a CPU, 128 on a GPU.
+        batch_size: rows decoded at once; by default 32 on a CPU, 128 on a GPU. Fewer where memory is scarce, and then
+            :attr:`notes` says so.
         prefix_cache: tokens of earlier prompts and answers whose keys and values are kept for prompts that begin
             alike, the least recently used out; 0: none. Make a new pipeline after changing the model's weights.
         local_files_only: use what the hub's cache holds and ask nobody for more.
@@ -130,6 +131,7 @@ class Pipeline:
     prefix_cache: int = 8192
     local_files_only: bool = False
     trust_remote_code: bool = False
+    notes: tuple[str, ...] = field(init=False, default=())
     _shared: Shared = field(init=False)
     _assembly: Assembly = field(init=False)
     _layers: tuple[tuple[str, Mapping[str, Value]], ...] = field(init=False)
@@ -157,10 +159,11 @@ class Pipeline:
         layers = (("pipeline", own), ("checkpoint", from_checkpoint(shared.loaded.generation, declared)))
         defaults = {name: setting.value for name, setting in resolve(declared, *layers).items()}
         size = self.batch_size or _BATCH_SIZE.get(shared.loaded.device.type, 32)
-        built = assembly.assemble(self, shared, parts, declared, defaults, size)
+        built, plan = assembly.assemble(self, shared, parts, declared, defaults, size)
         object.__setattr__(self, "_shared", shared)
         object.__setattr__(self, "_layers", layers)
         object.__setattr__(self, "_assembly", built)
+        object.__setattr__(self, "notes", (*shared.loaded.notes, *([plan.note] if plan.note else [])))
         reasons = built_backend(self).unsupported(built)
         if reasons:
             raise UnsupportedError(f"{self.model}: " + "; ".join(reasons))
@@ -265,7 +268,7 @@ class Pipeline:
         return (
             f"Pipeline({str(name)!r}, {self.loaded.model.dtype} on {self.loaded.device}, chain: {chain}, "
             f"stopping: {stops}, strategy: {part_name(self._assembly.strategy)}, "
-            f"batch_size={self._assembly.batch_size})"
+            f"batch_size={self._assembly.batch_size})" + "".join(f"\n  note: {note}" for note in self.notes)
         )
 
     def _requests(

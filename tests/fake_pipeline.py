@@ -22,9 +22,8 @@ class FakePipeline:
         self.closed = 0
         self.seen: list[dict[str, Any]] = []
         source = SimpleNamespace(model=model, tokenizer=None, revision=None, quantization=options.get("quantization"))
-        self.loaded = SimpleNamespace(
-            model=SimpleNamespace(dtype="torch.float32"), device="cpu", source=source, notes=("a note",)
-        )
+        self.loaded = SimpleNamespace(model=SimpleNamespace(dtype="torch.float32"), device="cpu", source=source)
+        self.notes = ("a note",)
         FakePipeline.made.append(self)
 
     def explain(self, **params: Any) -> dict[str, Setting]:

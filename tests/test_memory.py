@@ -1,4 +1,4 @@
-"""Running out of memory: fewer rows, the same output."""
+"""What fits is planned; where memory runs out anyway: fewer rows, the same output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from llama_infer import DEFAULT_PROCESSORS, Pipeline, Request
 from llama_infer.engine.memory import is_out_of_memory
-from llama_infer.errors import InsufficientMemoryError
+from llama_infer.errors import InsufficientMemoryError, LoadingError
+from llama_infer.models import memory as plans
 from llama_infer.testing import tiny_llama
 
 ERRORS = {
@@ -182,3 +183,125 @@ def test_a_pipeline_without_prefixes(tokenizer):
     expected = tokens_of(pipe([[1], [2], [3]], seed=1))
     with Scarce(pipe, at=[3]):
         assert tokens_of(pipe([[1], [2], [3]], seed=1)) == expected
+
+
+GB = 10**9
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Sets how many bytes are free."""
+
+    def set_free(count):
+        monkeypatch.setattr(plans, "free_memory", lambda device: count)
+
+    return set_free
+
+
+def test_bytes_of_a_token():
+    """Against what the cache of a model really holds."""
+    for kind in ("qwen3", "gemma3"):
+        model = make(kind)
+        cache = model(torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
+        held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+        assert plans.token_bytes(model.config.to_dict(), 8) == held / 3
+    assert plans.token_bytes({"hidden_size": 2048, "num_hidden_layers": 16, **heads(32, 8)}, 2) == 32 * 1024
+    assert plans.token_bytes({"model_type": "mamba"}, 2) == 0
+
+
+def heads(query, key_value):
+    return {"num_attention_heads": query, "num_key_value_heads": key_value}
+
+
+def test_the_batch_that_fits_is_chosen_and_said(pipe, memory):
+    """tiny: 2 layers x 2 heads x 8 dimensions x keys and values x 4 bytes = 256 bytes a token, and room to double."""
+    memory(512 * 512 * 20 / 0.9 + 1)
+    small = pipe.replace(batch_size=32)
+    assert small._assembly.batch_size == 20 and small._assembly.cache_tokens == 512 * 20
+    assert small.notes == ("batch_size is 20, not 32: 5.8 MB are free for keys and values",)
+    assert small.notes[0] in repr(small)
+    assert tokens_of(small([[1], [2]], seed=1)) == tokens_of(pipe([[1], [2]], seed=1))
+    assert pipe.replace(batch_size=20).notes == ()
+    memory(None)
+    assert pipe.replace(batch_size=500)._assembly.batch_size == 500
+    memory(512 * 512)
+    with pytest.raises(InsufficientMemoryError, match="one row of 512 tokens need"):
+        pipe.replace()
+
+
+def test_what_is_remembered_is_a_part_of_what_fits(pipe, memory):
+    memory(512 * 8192 / 0.9 + 1)
+    assert pipe.replace()._assembly.prefixes.capacity == 8192 // 4
+
+
+def test_rows_are_admitted_by_the_tokens_that_they_may_come_to_hold(pipe, memory):
+    """Room for 1,024 tokens: two rows of 500, or many short ones."""
+    memory(512 * 1024 / 0.9 + 1)
+    small = pipe.replace(batch_size=20, prefix_cache=0)
+    assert small._assembly.batch_size == 2
+    engine = open_engine(small)
+    engine._scheduler.batch_size = 20
+    lengths = [490] * 3 + [5] * 10
+    for at, length in enumerate(lengths):
+        engine.add(Request([at] * length, {"max_new_tokens": 10, "min_new_tokens": 10}, id=str(at)))
+    live = []
+    while engine.busy:
+        engine.step()
+        rows = engine._rows
+        assert len(rows) * max((len(row.prompt_token_ids) + 10 for row in rows), default=0) <= 1024
+        live.append(len(rows))
+    assert live[:20].count(2) == 18 and live[20:].count(9) == 9, live
+
+
+def test_weights_that_do_not_fit_are_not_read(tmp_path, memory, monkeypatch):
+    """Refused in one line, with the sizes; a policy that shrinks them may go on; device_map places them itself."""
+    from llama_infer.models import loaders
+
+    monkeypatch.setattr(loaders, "load_model", lambda *args: pytest.fail("weights were read"))
+    tiny_llama().save_pretrained(tmp_path)
+    bytes = (tmp_path / "model.safetensors").stat().st_size
+    memory(bytes + 512 * 256 - 1)
+    with pytest.raises(
+        LoadingError, match=r"does not fit: its weights are .* in float32, .* are free on cpu"
+    ) as caught:
+        Pipeline(tmp_path, dtype="float32", device="cpu")
+    assert "\n" not in str(caught.value)
+    for options in ({"dtype": "bfloat16"}, {"dtype": "float32", "quantization": "bnb-nf4"}, {"device_map": "auto"}):
+        with pytest.raises(pytest.fail.Exception, match="weights were read"):
+            Pipeline(tmp_path, **options)
+    memory(bytes + 512 * 256)
+    with pytest.raises(pytest.fail.Exception, match="weights were read"):
+        Pipeline(tmp_path, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_is_what_the_machine_and_the_groups_leave(tmp_path, monkeypatch, version):
+    """The least of the machine's and of every limit on the way up, the droppable file cache included."""
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    monkeypatch.setattr(plans, "_PROC", proc)
+    monkeypatch.setattr(plans, "_CGROUPS", groups)
+    cpu = torch.device("cpu")
+    inner = groups / ("memory/a/b" if version == 1 else "a/b")
+    inner.mkdir(parents=True)
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable:    8000000 kB\n")
+    (proc / "self/cgroup").write_text("4:cpuset:/x\n5:memory:/a/b\n" if version == 1 else "0::/a/b\n")
+    limit, used = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    )
+    files = "total_inactive_file" if version == 1 else "inactive_file"
+    assert plans.free_memory(cpu) == 8000000 * 1024
+    (inner / limit).write_text("max\n")
+    assert plans.free_memory(cpu) == 8000000 * 1024
+    for folder, most in ((inner, 6 * GB), (inner.parent, 5 * GB)):
+        (folder / limit).write_text(f"{most}\n")
+        (folder / used).write_text(f"{2 * GB}\n")
+        (folder / "memory.stat").write_text(f"anon 1\n{files} {GB}\n")
+        assert plans.free_memory(cpu) == most - GB
+    (proc / "meminfo").unlink()
+    assert plans.free_memory(cpu) == 4 * GB
+    assert plans.free_memory(torch.device("mps")) is None
+
+
+def test_free_memory_of_this_machine():
+    assert 0 < plans.free_memory(torch.device("cpu")) < 1 << 50

@@ -83,7 +83,7 @@ def print_head(pipe: Pipeline) -> None:
     """Where the model is, and what a user should know about it."""
     dtype = str(pipe.loaded.model.dtype).removeprefix("torch.")
     print(f"device: {pipe.loaded.device}, dtype: {dtype}")
-    for note in pipe.loaded.notes:
+    for note in pipe.notes:
         print(f"note: {note}")
 
 

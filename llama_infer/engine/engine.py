@@ -38,7 +38,7 @@ class Assembly:
         declared: every parameter; defaults: its value where a request says nothing.
         cache: makes an empty cache for the model.
         lock: held during a step, so that engines in several threads take turns on one model.
-        batch_size: rows decoded at once; cache_tokens: what they may come to hold together.
+        batch_size: rows decoded at once; cache_tokens: rows times tokens that there is memory for.
         prefixes: what the pipeline's engines share of earlier prompts; None: nothing.
     """
 

@@ -22,7 +22,8 @@ class Scheduler:
 
     Args:
         batch_size: rows of the table. A request that needs more gets them when the table is empty.
-        tokens: what all rows together may come to hold. A request that needs more gets it when the table is empty.
+        tokens: rows times the longest that they may come to be. A request that needs more gets it when the table is
+            empty.
         chunk: prompt tokens fed in a step while other rows decode, so that those do not stall.
         idle_chunk: prompt tokens fed in a step when no row decodes; bounds the memory of activations.
     """
@@ -59,13 +60,13 @@ class Scheduler:
             return []
         tasks = {sequence.task.number: sequence.task for sequence in live}
         rows = sum(task.width for task in tasks.values())
-        tokens = sum(map(_size, tasks.values()))
+        longest = max(map(_length, tasks.values()), default=0)
         joining: list[Task] = []
         while self._order:
             task = self._order[0][3]
             if self._waiting.get(task.request.id) is task:
-                rows, tokens = rows + task.width, tokens + _size(task)
-                if (rows > self.batch_size or tokens > self.tokens) and (tasks or joining):
+                rows, longest = rows + task.width, max(longest, _length(task))
+                if (rows > self.batch_size or rows * longest > self.tokens) and (tasks or joining):
                     break
                 joining.append(self._waiting.pop(task.request.id))
             heapq.heappop(self._order)
@@ -91,7 +92,7 @@ class Scheduler:
         self.idle_chunk = max(self.idle_chunk // 2, min(self.idle_chunk, _LEAST_CHUNK))
         self.chunk = min(self.chunk, self.idle_chunk)
         self.batch_size = max(1, len(live) // 2)
-        self.tokens = min(self.tokens, sum(map(_size, tasks.values())) / 2)
+        self.tokens = min(self.tokens, self.batch_size * max(map(_length, tasks.values())))
         staying: set[int] = set()
         for number in sorted(tasks):
             rows = {row for row, sequence in enumerate(live) if sequence.task.number == number}
@@ -106,6 +107,6 @@ def _answer(task: Task) -> int:
     return UNLIMITED_ANSWER if limit is None else int(limit)
 
 
-def _size(task: Task) -> int:
-    """Tokens that a task may come to hold."""
-    return task.width * (len(task.prompt_token_ids) + _answer(task))
+def _length(task: Task) -> int:
+    """Tokens that a row of a task may come to hold."""
+    return len(task.prompt_token_ids) + _answer(task)

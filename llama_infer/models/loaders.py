@@ -33,6 +33,7 @@ from .checks import (
 )
 from .devices import default_dtype, dtype_name, pick_device
 from .locate import locate
+from .memory import check_fits
 from .weights import first_line, load_model, quiet
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ class AutoLoader:
         attention = _pick_attention(source.attention, device, dtype)
         generation = read_generation(checkpoint.folder)
         tokenizer = _tokenizer_of(source, checkpoint, adapter)
+        if source.device_map is None:
+            check_fits(checkpoint, dtype, device, whole=source.quantization in (None, "none", "packed"))
         model = load_model(source, checkpoint, dtype, attention, device, adapter)
         return LoadedModel(
             model=model,
