@@ -165,8 +165,9 @@ def _from_model(pipeline: Pipeline) -> LoadedModel:
 
 
 def _fingerprint(name: Any) -> Any:
-    """What tells a local folder from what it was before: its files' names, sizes and times."""
-    if not isinstance(name, str) or not Path(name).is_dir():
+    """What tells a local folder, or file, from what it was before: the files' names, sizes and times."""
+    if not isinstance(name, str) or not os.path.exists(name):
         return name
-    files = [(entry.name, entry.stat()) for entry in os.scandir(name) if entry.is_file()]
+    entries = [Path(name)] if os.path.isfile(name) else Path(name).iterdir()
+    files = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
     return name, tuple(sorted((file, stat.st_size, stat.st_mtime_ns) for file, stat in files))

@@ -80,7 +80,7 @@ class Pipeline:
     """A loaded model and the parts that decode with it.
 
     Args:
-        model: "demo", a folder, a hub id, a transformers model, or a :class:`~llama_infer.parts.LoadedModel`.
+        model: "demo", a folder or GGUF file, a hub id, a transformers model, a :class:`~llama_infer.parts.LoadedModel`.
         tokenizer: a folder or hub id, or a tokenizer, when it is not the model's.
         revision: of the hub repository.
         dtype: "bfloat16", "float16", "float32" or "auto"; by default what is fast on the device.

@@ -32,6 +32,7 @@ from .checks import (
     read_json,
 )
 from .devices import default_dtype, dtype_name, pick_device
+from .gguf import check_gguf, is_gguf, load_gguf_tokenizer
 from .locate import locate
 from .memory import check_fits
 from .weights import first_line, load_model, quiet
@@ -102,7 +103,7 @@ def examine(source: Source) -> Checkpoint:
     """The checkpoint that a source names, brought here and checked; nothing of it is loaded."""
     trust = bool(source.trust_remote_code)
     folder = _locate(source, source.model, source.revision, lambda found: check_config(found, trust))
-    return check_checkpoint(folder, trust)
+    return check_gguf(folder) if is_gguf(folder) else check_checkpoint(folder, trust)
 
 
 def read_generation(folder: Path) -> dict[str, Value]:
@@ -190,6 +191,8 @@ def _tokenizer_of(source: Source, checkpoint: Checkpoint, adapter: Adapter | Non
     """The tokenizer that was asked for, else the adapter's, else the checkpoint's."""
     own = adapter.folder if adapter and has_tokenizer(adapter.folder) else checkpoint.folder
     rows = adapter.embedding_rows if adapter and adapter.embedding_rows else checkpoint.embedding_rows
+    if source.tokenizer is None and is_gguf(own):
+        return load_gguf_tokenizer(checkpoint)
     return load_tokenizer(source, own, rows)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import LoadingError, UnsupportedError
+from .checks import CONFIG
 from .weights import first_line
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
@@ -26,6 +27,8 @@ def locate(
 ) -> Path:
     """The folder of a checkpoint: "demo", a path, or a hub id, which is downloaded into the hub's cache.
 
+    A GGUF file stands for itself, and so does a folder that has one and no config.json.
+
     Args:
         model: what was asked for.
         revision: of a hub repository.
@@ -42,8 +45,10 @@ def locate(
     if os.path.isdir(path):  # unlike Path.is_dir it says no to names that no file can have
         if revision is not None:
             raise UnsupportedError(f"revision={revision!r} belongs to a hub id, and {model!r} is a folder")
-        return Path(path)
+        return _only_gguf(Path(path)) or Path(path)
     if os.path.isfile(path):
+        if path.endswith(".gguf"):
+            return Path(path)
         raise LoadingError(f"{model!r} is a file: give the folder of a transformers checkpoint that holds it")
     if not _HUB_ID.match(model):
         raise LoadingError(f"there is no folder {model!r}, and it is no hub id either ('org/name')")
@@ -53,6 +58,11 @@ def locate(
         return folder
     check(folder)
     return _download(model, revision, [*texts, "*.safetensors"], local_files_only)
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    found = sorted(folder.glob("*.gguf"))
+    return found[0] if len(found) == 1 and not (folder / CONFIG).is_file() else None
 
 
 def _download(model: str, revision: str | None, patterns: list[str], local: bool) -> Path:

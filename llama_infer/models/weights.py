@@ -14,6 +14,7 @@ from ..parts import Source
 from ..registry import resolve
 from .adapters import Adapter, apply_adapter
 from .checks import Checkpoint
+from .gguf import gguf_options, is_gguf, quiet_bar
 from .quantization import plain_layouts, prepare_bitsandbytes
 
 if TYPE_CHECKING:
@@ -47,6 +48,12 @@ def load_model(
         )
     if checkpoint.quantization == "bitsandbytes":
         prepare_bitsandbytes()
+    if is_gguf(checkpoint.folder):
+        if "quantization_config" in options:
+            raise UnsupportedError(
+                f"quantization={source.quantization!r} does not read GGUF: llama-infer convert makes safetensors of it"
+            )
+        options.update(gguf_options(checkpoint.folder))
     model = _from_pretrained(checkpoint.folder, options, bool(source.trust_remote_code))
     if checkpoint.quantization == "bitsandbytes":
         plain_layouts(model)
@@ -75,12 +82,14 @@ def _from_pretrained(folder: Path, options: dict[str, Any], trust: bool) -> PreT
 
     load: Any = AutoModelForCausalLM.from_pretrained
     config = None
+    place, bar = (folder.parent, quiet_bar()) if is_gguf(folder) else (folder, contextlib.nullcontext())
+    known = {name: options[name] for name in options if name == "gguf_file"}
     try:
-        with quiet():
+        with quiet(), bar:
             # The config apart, because a kernel that config.json names would else win over the one asked for.
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
+            config = AutoConfig.from_pretrained(place, trust_remote_code=trust, local_files_only=True, **known)
             model, report = load(
-                folder,
+                place,
                 config=config,
                 use_safetensors=True,
                 trust_remote_code=trust,
