@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ class Machine:
 
 def measure(dtype: str, quick: bool = False) -> Machine:
     """The best of a few tries of each."""
-    return Machine(read_limit(16 if quick else 512), _matrix_rate(dtype, 128 if quick else 2048))
+    return Machine(_read_limit(16 if quick else 512), _matrix_rate(dtype, 128 if quick else 2048))
 
 
 def file_seconds(jobs: Sequence[Job], shape: str, dtype: str, machine: Machine) -> float:
@@ -47,22 +48,33 @@ def file_seconds(jobs: Sequence[Job], shape: str, dtype: str, machine: Machine) 
     return prefill + decode
 
 
-def read_limit(megabytes: int = 512) -> float:
+def _read_limit(megabytes: int) -> float:
     """Bytes a second, of a sum over a buffer larger than the caches."""
-    buffer = torch.ones(megabytes << 18)
-    return buffer.nbytes / _least(lambda: buffer.sum(), 7)
+    buffer = _buffer(megabytes)
+    return buffer.nbytes / _least(buffer.sum, 7)
 
 
 def _matrix_rate(dtype: str, size: int) -> float:
     """Of a layer with ``size`` inputs and four times as many outputs on 512 tokens, packed where that is possible."""
+    least = min(_least(product, 4) for product in _products(dtype, size))
+    return 2 * 512 * size * 4 * size / least
+
+
+@functools.cache
+def _buffer(megabytes: int) -> torch.Tensor:
+    return torch.ones(megabytes << 18)
+
+
+@functools.cache
+def _products(dtype: str, size: int) -> list[Callable[[], object]]:
     inputs = torch.randn(512, size).to(getattr(torch, dtype))
     weight = torch.randn(4 * size, size).to(getattr(torch, dtype))
-    least = _least(lambda: torch.nn.functional.linear(inputs, weight), 5)
+    found: list[Callable[[], object]] = [lambda: torch.nn.functional.linear(inputs, weight)]
     if dtype == "bfloat16" and torch.backends.mkldnn.is_available():
         ops = torch.ops.mkldnn
         packed = ops._reorder_linear_weight(weight, 512)
-        least = min(least, _least(lambda: ops._linear_pointwise(inputs, packed, None, "none", [], ""), 5))
-    return 2 * 512 * size * 4 * size / least
+        found.append(lambda: ops._linear_pointwise(inputs, packed, None, "none", [], ""))
+    return found
 
 
 def _least(step: Callable[[], object], tries: int) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,14 +24,17 @@ class Session:
     Attributes:
         options: of the command line.
         report: what is printed as JSON in the end.
-        each_limits: what the machine could do in each repeat: neighbours take their share, now more, now less.
+        limits: the best that the machine showed in the whole run.
+        turns: what it could do right before and after each contender's latest turns: neighbours take their share,
+            now more, now less.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.cache: Path = options.cache
         self.report: dict[str, Any] = {"missing": {}, "ratios": {}}
-        self.each_limits: list[machine.Machine] = []
+        self.limits = machine.Machine()
+        self.turns: dict[str, list[machine.Machine]] = {}
 
     @property
     def ours(self) -> str:
@@ -68,21 +70,24 @@ class Session:
             yield found.get(name)
 
     def take_turns(self, found: Mapping[str, Contender], measure: Callable[[Contender, int], T]) -> dict[str, list[T]]:
-        """``measure(contender, repeat)`` of each in each repeat, the machine's limits in between."""
+        """``measure(contender, repeat)`` of each in each repeat. ``turns`` has what the machine could do meanwhile."""
         results: dict[str, list[T]] = {name: [] for name in found}
+        self.turns = {name: [] for name in found}
         for repeat in range(self.options.repeats):
-            seen = machine.measure(self.options.dtype, self.quick)
+            before = self.look()
             for name, contender in found.items():
                 results[name].append(measure(contender, repeat))
-                seen = seen.best(machine.Machine(machine.read_limit(16 if self.quick else 512)))
-            self.each_limits.append(seen)
-            print(f"repeat {repeat + 1}/{self.options.repeats} done; {seen}", flush=True)
+                after = self.look()
+                self.turns[name].append(before.best(after))
+                before = after
+            print(f"repeat {repeat + 1}/{self.options.repeats} done; {self.limits}", flush=True)
         return results
 
-    @property
-    def limits(self) -> machine.Machine:
-        """The best that the machine showed in the whole run."""
-        return functools.reduce(machine.Machine.best, self.each_limits, machine.Machine())
+    def look(self) -> machine.Machine:
+        """Measures what the machine can do now."""
+        now = machine.measure(self.options.dtype, self.quick)
+        self.limits = self.limits.best(now)
+        return now
 
     def ratio(self, name: str, below: Sequence[float], above: Sequence[float]) -> dict[str, float]:
         """Notes how many times ``below`` goes into ``above``, one ratio a repeat."""

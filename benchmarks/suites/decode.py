@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping
 
 from contenders import Contender
+from machine import Machine
 from models import weight_bytes
 from session import Session
 from table import show, times
@@ -22,15 +23,14 @@ def run(session: Session) -> None:
     counts = options.rows or ([1, 2] if session.quick else [1, 4, 32])
     peers = options.peers if options.peers is not None else ["transformers"]
     with session.contenders([session.ours, *peers], rows=max(counts), context=512) as found:
-        speeds = measure(session, found, counts)
-    ours = speeds.get(session.ours, {})
-    lines = []
+        speeds, limits = measure(session, found, counts)
     weights = weight_bytes(options.model, options.dtype)
     session.report["share_of_read_limit"] = {}
+    lines = []
     for rows in counts:
         for name in found:
-            mine, its = ours[rows], speeds[name][rows]
-            shares = [s * weights / limits.read / rows for s, limits in zip(its, session.each_limits, strict=True)]
+            mine, its = speeds[session.ours][rows], speeds[name][rows]
+            shares = [s * weights / m.read / rows for s, m in zip(its, limits[name][rows], strict=True)]
             share = statistics.median(shares)
             line = [f"{rows} rows: {name}", f"{statistics.median(its):.1f}", f"{share:.0%}"]
             against = "" if name == session.ours else times(session.ratio(f"{rows} rows against {name}", its, mine))
@@ -46,19 +46,20 @@ def run(session: Session) -> None:
     )
 
 
-def measure(session: Session, found: Mapping[str, Contender], counts: list[int]) -> dict[str, dict[int, list[float]]]:
-    """Tokens a second by contender and number of rows, one a repeat."""
+def measure(
+    session: Session, found: Mapping[str, Contender], counts: list[int]
+) -> tuple[dict[str, dict[int, list[float]]], dict[str, dict[int, list[Machine]]]]:
+    """Tokens a second by contender and number of rows, one a repeat, and the limits of the machine meanwhile."""
+    speeds: dict[str, dict[int, list[float]]] = {name: {} for name in found}
+    limits: dict[str, dict[int, list[Machine]]] = {name: {} for name in found}
+    for rows in counts:
 
-    def turn(contender: Contender, repeat: int) -> list[float]:
-        speeds = []
-        for rows in counts:
+        def turn(contender: Contender, repeat: int, rows: int = rows) -> float:
             jobs = equal(rows, PROMPT, 5 if session.quick else NEW, session.vocab_size, f"{rows} {repeat}")
-            speeds.append(contender.generate(jobs, together=True).decode())
-        return speeds
+            return contender.generate(jobs, together=True).decode()
 
-    for contender in found.values():
-        turn(contender, -1)
-    results = session.take_turns(found, turn)
-    return {
-        name: {rows: [turn[at] for turn in each] for at, rows in enumerate(counts)} for name, each in results.items()
-    }
+        for contender in found.values():
+            turn(contender, -1)
+        for name, each in session.take_turns(found, turn).items():
+            speeds[name][rows], limits[name][rows] = each, session.turns[name]
+    return speeds, limits

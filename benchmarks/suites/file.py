@@ -31,10 +31,13 @@ def run(session: Session) -> None:
             contender.generate(jobs(-1)[:4])
         seconds = session.take_turns(found, turn)
     tokens = useful_tokens(jobs(0))
-    least = [machine.file_seconds(jobs(0), options.model, options.dtype, limits) for limits in session.each_limits]
+
+    def least(limits: machine.Machine) -> float:
+        return machine.file_seconds(jobs(0), options.model, options.dtype, limits)
+
     lines = []
     for name, each in seconds.items():
-        share = statistics.median(a / b for a, b in zip(least, each, strict=True))
+        share = statistics.median(least(limits) / s for limits, s in zip(session.turns[name], each, strict=True))
         against = "" if name == session.ours else times(session.ratio(f"against {name}", seconds[session.ours], each))
         lines.append([name, f"{tokens / statistics.median(each):.1f}", f"{share:.0%}", against])
         session.report.setdefault("share_of_roofline", {})[name] = round(share, 3)
@@ -42,7 +45,7 @@ def run(session: Session) -> None:
     session.report["tokens_per_second"] = {name: [round(tokens / s, 1) for s in each] for name, each in seconds.items()}
     show(
         f"{options.model} {options.dtype}, {count} requests, {tokens} useful tokens; {session.limits}, "
-        f"roofline {tokens / min(least):.0f} tokens/s",
+        f"roofline {tokens / least(session.limits):.0f} tokens/s",
         ["", "tokens/s", "of the roofline", "ours against it"],
         lines,
     )

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import machine
 from models import SHAPES, checkpoint
 from peers.protocol import memory
 from session import Session
@@ -25,7 +24,7 @@ def run(session: Session) -> None:
     size = total // PARTS
     folder = checkpoint("tiny", options.dtype, session.cache)
     pipe = Pipeline(str(folder), stopping=("length",), batch_size=options.batch_size, dtype=options.dtype)
-    session.each_limits.append(machine.measure(options.dtype, session.quick))
+    session.look()
 
     def requests() -> Iterator[Any]:
         for at in range(total + size):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-import machine
 from contenders import Contender
 from models import checkpoint, kv_bytes, weight_bytes
 from session import Session
@@ -25,7 +24,7 @@ def run(session: Session) -> None:
     needed = weight_bytes(options.model, options.dtype) + rows * (prompt + new) * kv_bytes(options.model, options.dtype)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for repeat in range(options.repeats):
-        session.each_limits.append(machine.measure(options.dtype, session.quick))
+        session.look()
         for name in names:
             with session.contender(name, rows=rows, context=prompt + new + 64) as contender:
                 if contender is not None:

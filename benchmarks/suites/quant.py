@@ -26,7 +26,7 @@ def run(session: Session) -> None:
     counts = options.rows or ([1, 2] if session.quick else [1, 32])
     length = 16 if session.quick else PREFILL
     with session.contenders([*names, *peers], rows=max(counts), context=length + 64) as found:
-        speeds = decode.measure(session, found, counts)
+        speeds, _ = decode.measure(session, found, counts)
 
         def prefill(contender: Contender, repeat: int) -> float:
             (job,) = equal(1, length, 1, session.vocab_size, f"prefill {repeat}")
