@@ -79,6 +79,17 @@ class Layout:
         return None if len(rows) == len(self.spans) else self._tensor(rows)
 
     @cached_property
+    def singles(self) -> Tensor | None:
+        """int64 [3, S]: the rows that feed one token, which of the packed tokens it is, and how many each then holds;
+        None when there are none."""
+        found, start = [], 0
+        for row, span in enumerate(self.spans):
+            if span.new == 1:
+                found.append((row, start, span.end))
+            start += span.new
+        return self._tensor(found).T.contiguous() if found else None
+
+    @cached_property
     def pieces(self) -> tuple[Piece, ...]:
         """The rows in groups that one attention call serves.
 
@@ -121,5 +132,5 @@ class Layout:
         to = torch.arange(width, device=self.device)
         return (to <= at) if unbounded else (to <= at) & (to > at - window)
 
-    def _tensor(self, values: list[int]) -> Tensor:
+    def _tensor(self, values: Sequence[int] | Sequence[tuple[int, ...]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self.device)

@@ -86,7 +86,8 @@ class Pipeline:
         dtype: "bfloat16", "float16", "float32" or "auto"; by default what is fast on the device.
         device: "cuda", "mps" or "cpu"; by default the first of them that is there.
         device_map: as in transformers, in place of ``device``.
-        attention: "sdpa" (default), "eager" or "flash_attention_2".
+        attention: "sdpa" (default), "eager" or "flash_attention_2". On a CPU with a C++ compiler "sdpa" decodes with a
+            kernel of ours, compiled at first use, unless the environment says ``LLAMA_INFER_NATIVE=0``.
         quantization: a policy, such as "bnb-int8"; by default "packed" where it exists; "none" leaves the layers alone.
         adapter: a LoRA adapter of peft, a folder or hub id.
         merge_adapter: whether it is added to the weights, or else kept beside them (for quantised weights).

@@ -37,6 +37,15 @@ def test_rows_positions_and_last(given_spans):
 
 @settings(deadline=None, max_examples=60)
 @given(spans)
+def test_singles_are_the_rows_that_feed_one_token(given_spans):
+    layout = layout_of(given_spans)
+    tokens = packed(layout)
+    expected = [(row, tokens.index((row, s.old)), s.end) for row, s in enumerate(layout.spans) if s.new == 1]
+    assert ([] if layout.singles is None else list(zip(*layout.singles.tolist(), strict=True))) == expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(spans)
 def test_pieces_cover_every_token_once(given_spans):
     """In order, and each is one row or rows of one token each."""
     layout = layout_of(given_spans)

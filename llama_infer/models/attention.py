@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..layout import Layout, Span
-from . import kernels
+from ..layout import Layout, Piece, Span
+from . import kernels, native
 from .kernels import Kernel
 
 if TYPE_CHECKING:
@@ -100,22 +100,25 @@ def _packed_attention(
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{type(module).__name__} uses {name}: run it with cache='plain'")
-    # Token by token, its heads in groups that share a KV head.
-    q = query[0].transpose(0, 1).unflatten(1, (key.shape[1], -1))
-    outs = []
-    for piece in layout.pieces:
+    tokens = query[0].transpose(0, 1)
+    out = query.new_empty(*tokens.shape[:2], value.shape[-1])
+    pieces: Sequence[Piece] = layout.pieces
+    run = native.kernel(query, key, value) if kernel == "sdpa" else None
+    if run is not None:
+        native.attend(run, tokens, key, value, out, layout, sliding_window, scaling)
+        pieces = [piece for piece in pieces if layout.spans[piece.first].new > 1]
+    for piece in pieces:
         spans = layout.spans[piece.first : piece.last]
-        tokens = slice(piece.start, piece.start + sum(span.new for span in spans))
+        at = slice(piece.start, piece.start + sum(span.new for span in spans))
         rows, width = slice(piece.first, piece.last), max(span.end for span in spans)
         k, v = key[rows, :, :width], value[rows, :, :width]
         if kernel == "flash_attention_2":
-            outs.append(_flash(module, query[0, :, tokens], k, v, spans, scaling, sliding_window))
-        else:
-            packed = q[tokens].unflatten(0, (len(spans), -1)).permute(0, 2, 3, 1, 4)
-            attend = _kernel(kernel, packed, k)
-            out = attend(packed, k, v, layout, piece, sliding_window, scaling)
-            outs.append(out.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1))
-    return (outs[0] if len(outs) == 1 else torch.cat(outs))[None], None
+            out[at] = _flash(module, query[0, :, at], k, v, spans, scaling, sliding_window)
+        else:  # the heads of each token in groups that share a KV head
+            q = tokens[at].unflatten(0, (len(spans), -1)).unflatten(2, (k.shape[1], -1)).permute(0, 2, 3, 1, 4)
+            found = _kernel(kernel, q, k)(q, k, v, layout, piece, sliding_window, scaling)
+            out[at] = found.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+    return out[None], None
 
 
 def _kernel(name: str, q: Tensor, k: Tensor) -> Kernel:

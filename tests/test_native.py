@@ -1,0 +1,122 @@
+"""The C++ kernel against the definition, and what happens where it cannot be had."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import greedy
+from test_kernels import definition, make, spans
+
+from llama_infer import Pipeline
+from llama_infer.layout import Layout, Span
+from llama_infer.models import native
+from llama_infer.testing import tiny_llama
+
+compiled = pytest.mark.skipif(native._library() is None, reason="no C++ compiler, or no cache folder of one's own")
+
+
+def attend(layout, q, k, v, window=None, scaling=None):
+    """q [N, kv heads, group, d]; [N, kv heads, group, d] with zeros where a row feeds more than one token."""
+    out = torch.zeros_like(q)
+    run = native.kernel(q, k, v)
+    native.attend(run, q.flatten(1, 2), k, v, out.view(len(q), -1, q.shape[-1]), layout, window, scaling)
+    return out
+
+
+@compiled
+@settings(deadline=None, max_examples=100)
+@given(
+    spans,
+    st.sampled_from([(1, 1), (2, 3), (2, 4), (1, 11)]),
+    st.none() | st.integers(1, 90),
+    st.sampled_from([None, 0.7]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_every_single_token_is_the_definition(given_spans, heads, window, scaling, dtype):
+    """Ragged rows, windows, groups of heads; what lies behind the end of a row is not read at all."""
+    layout, q, k, v = make(given_spans, *heads, dtype)
+    expected = definition(layout, *(t.double() for t in (q, k, v)), window, scaling)
+    for row, span in enumerate(layout.spans):
+        k[row, :, span.end :] = v[row, :, span.end :] = torch.nan
+    found = attend(layout, q, k, v, window, scaling)
+    singles = layout.singles[1] if layout.singles is not None else torch.empty(0, dtype=torch.int64)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found[singles].double(), expected[singles], rtol=0, atol=tolerance)
+    others = torch.ones(len(q), dtype=torch.bool)
+    others[singles] = False
+    assert not found[others].any()
+
+
+@compiled
+@pytest.mark.parametrize("dim", [8, 16, 32, 64, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_size_of_head(dim, dtype):
+    """And scores as far apart as attention ever has them."""
+    for spread in (1, 30):
+        layout = Layout(tuple(Span(old, 1, True) for old in (0, 63, 64, 200)), torch.device("cpu"))
+        draw = torch.Generator().manual_seed(dim)
+        q = (spread * torch.randn(4, 2, 3, dim, generator=draw)).to(dtype)
+        k, v = torch.randn(2, 4, 2, 260, dim, generator=draw).to(dtype)
+        k, v = k[:, :, :201], v[:, :, :201]
+        scores = (q.double() @ k.double().transpose(-1, -2)) * dim**-0.5
+        hidden = torch.arange(201) >= torch.tensor([1, 64, 65, 201])[:, None, None, None]
+        expected = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v.double()
+        tolerance = 2e-5 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(attend(layout, q, k, v).double(), expected, rtol=0, atol=tolerance)
+
+
+@compiled
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_what_is_not_finite_stays_so_and_in_its_row(bad, where):
+    """As in torch's kernel, so that the engine finds it among the logits."""
+    layout, q, k, v = make([Span(20, 1, True)] * 2, 1, 2, torch.float32)
+    clean = attend(layout, q, k, v)
+    {"query": q, "key": k, "value": v}[where][1, 0, 0, 0] = bad
+    found = attend(layout, q, k, v)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(found[0], clean[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-5, equal_nan=True)
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A cache folder with nothing in it, and nothing compiled yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("LLAMA_INFER_NATIVE", raising=False)
+    native._library.cache_clear()
+    yield monkeypatch
+    native._library.cache_clear()
+
+
+@compiled
+def test_it_is_compiled_once(fresh, tmp_path):
+    assert native._library() is not None
+    (built,) = (tmp_path / "llama_infer").iterdir()
+    made = built.stat().st_mtime_ns
+    native._library.cache_clear()
+    assert native._library() is not None and built.stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize("why", ["switched off", "no compiler", "compiler fails", "others can write", "no folder"])
+def test_without_it_torch_serves(fresh, tmp_path, why):
+    """The same tokens."""
+    if why == "switched off":
+        fresh.setenv("LLAMA_INFER_NATIVE", "0")
+    elif why == "no compiler":
+        fresh.setenv("CXX", "no-such-compiler")
+    elif why == "compiler fails":
+        fresh.setenv("CXX", "false")
+    elif why == "others can write":
+        (tmp_path / "llama_infer").mkdir()
+        os.chmod(tmp_path / "llama_infer", 0o777)
+    else:
+        (tmp_path / "llama_infer").write_text("a file")
+    assert native._library() is None
+    answers = Pipeline(tiny_llama())([[1, 2, 3], [4] * 20], temperature=0, max_new_tokens=6)
+    for answer in answers:
+        assert answer.token_ids == greedy(tiny_llama(), answer.prompt_token_ids, 6)
