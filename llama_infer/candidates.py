@@ -43,8 +43,9 @@ class Candidates:
         """The ``count`` likeliest tokens of each row of [R, V]."""
         values, ids = likeliest(logits, count)
         whole = values.shape[1] == logits.shape[1]
-        complete = torch.full_like(values[:, :1], whole, dtype=torch.bool) | (values[:, -1:] == -torch.inf)
-        return Candidates(values, ids, lambda: logits, complete, torch.ones_like(complete), whole)
+        last = values[:, -1:]
+        every_row = torch.ones_like(last, dtype=torch.bool)
+        return Candidates(values, ids, lambda: logits, every_row if whole else last == -torch.inf, every_row, whole)
 
     def keep(self, kept: Tensor, decided: Tensor) -> Candidates:
         """Without the tokens where ``kept`` [R, K] is false.
@@ -57,21 +58,33 @@ class Candidates:
         """Rows where ``enough`` bool [R, 1] is false must be done in full, unless nothing is left outside anyway."""
         return replace(self, fits=self.fits & (enough | self.complete))
 
-    def total(self) -> Tensor:
-        """[R, 1]: the sum of exp(score - largest score), over the window where it is complete, else over all tokens.
+    def cut(self, limit: Tensor, enough: Tensor | None = None) -> Candidates:
+        """Without the tokens below ``limit`` [R, 1]; NaN stays, to be found.
 
-        Over the window the sum runs from the likeliest token down, so that it does not depend on the window's size.
+        The window reaches far enough where something in it goes: then everything behind it goes too. ``enough`` bool
+        [R, 1]: rows in which it does anyway, such as those of limit -inf.
         """
-        inside = (self.values - self.values[:, :1]).exp().cumsum(-1)[:, -1:]
-        if self.whole or bool(self.complete.all()):
-            return inside
-        total = self.everything().logsumexp(-1, keepdim=True) - self.values[:, :1]
-        return inside.where(self.complete, total.exp())
+        complete = self.complete | (self.values[:, -1:] < limit)
+        fits = self.fits & (complete if enough is None else complete | enough)
+        values = self.values.masked_fill(self.values < limit, -torch.inf)
+        return Candidates(values, self.ids, self.everything, complete, fits, self.whole)
 
     def index_of_best(self, scores: Tensor) -> Tensor:
         """int64 [R]: where in the window the largest of ``scores`` [R, K] is; the lowest token id among equals."""
         best = scores == scores.amax(-1, keepdim=True)
-        return self.ids.masked_fill(~best, torch.iinfo(torch.int64).max).argmin(-1)
+        return torch.where(best, self.ids, torch.iinfo(torch.int64).max).argmin(-1)
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """``logits.argmax(-1)`` of [R, V], the first among equals, NaN before all else; in two stages on the CPU, where
+    the largest of a chunk is found five times faster than its place."""
+    rows, vocab_size = logits.shape
+    size = _CHUNKS[0]
+    if logits.device.type != "cpu" or vocab_size % size or vocab_size < size * size:
+        return logits.argmax(-1)
+    grouped = logits.reshape(rows, -1, size)
+    chunk = grouped.amax(-1).argmax(-1)
+    return chunk * size + grouped[torch.arange(rows), chunk].argmax(-1)
 
 
 def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -84,6 +97,7 @@ def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return best.values, best.indices
     grouped = logits.reshape(rows, -1, size)
     chosen = grouped.amax(-1).topk(count, sorted=False).indices
-    inside = grouped.gather(1, chosen[:, :, None].expand(-1, -1, size)).flatten(1)
+    inside = grouped[torch.arange(rows, device=logits.device)[:, None], chosen].flatten(1)
     best = inside.topk(count)
-    return best.values, chosen.gather(1, best.indices // size) * size + best.indices % size
+    shift = size.bit_length() - 1  # chunks are powers of two
+    return best.values, (chosen.gather(1, best.indices >> shift) << shift) + (best.indices & size - 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ NON_FINITE = -3
 """The row has no token: the chosen one's score is NaN or +inf."""
 OUT_OF_RANGE = -4
 """The row has no token: the sampler chose an id that the vocabulary does not have."""
+_FLOATS = (torch.float32, torch.float64)
 _GUESS = 256
 """Candidates to look at when nobody knows how many will be left."""
 
@@ -30,6 +32,21 @@ class Choice(NamedTuple):
 
     tokens: Tensor
     columns: Mapping[str, Column]
+
+
+class _Stages(NamedTuple):
+    """``head`` on all logits; ``tail`` on a window of so many tokens, 0 where there is none; who accepts the choice."""
+
+    head: Sequence[LogitsProcessor]
+    tail: Sequence[LogitsProcessor]
+    accepting: Sequence[Any]
+    window: int = 0
+
+    @property
+    def lends(self) -> bool:
+        """Whether the raw logits may be lent to a part, and nobody keeps them."""
+        first = next((part for part in self.head if "pure" not in traits(part)), None)
+        return not self.accepting and "history_only" in traits(first)
 
 
 class Chain:
@@ -45,7 +62,7 @@ class Chain:
         self.processors = tuple(processors)
         self.sampler = sampler
         self.windows = windows
-        self._memo: tuple[Mapping[str, Any], list[LogitsProcessor]] | None = None
+        self._memo: tuple[Mapping[str, Any], _Stages] | None = None
 
     @property
     def parts(self) -> tuple[Any, ...]:
@@ -71,43 +88,52 @@ class Chain:
 
     def __call__(self, logits: Tensor, batch: Batch) -> Choice:
         """Chooses a token in each row from raw logits [R, V]."""
-        active = self._active(batch)
-        accepting = [part for part in (*active, self.sampler) if hasattr(part, "accept")]
-        if self.windows and not accepting and logits.device.type == "cpu":
-            if hasattr(self.sampler, "choose") and any(_truncates(part) for part in active):
-                head, tail = _split(active)
-                return Choice(self._choose(_apply(head, logits, batch), batch, tail), {})
-        scores = _apply(active, logits, batch)
+        stages = self._stages(batch)
+        with _restored(logits, batch, stages.lends) as writable:
+            return self._run(stages, logits, batch, writable)
+
+    def _run(self, stages: _Stages, logits: Tensor, batch: Batch, writable: bool) -> Choice:
+        scores = _apply(stages.head, logits, batch, writable)
+        if stages.window:
+            return Choice(self._choose(scores, batch, stages.tail, min(stages.window, logits.shape[1])), {})
         tokens = self._sample(scores, batch)
         columns: dict[str, Column] = {}
-        for part in accepting:
+        for part in stages.accepting:
             columns.update(part.accept(scores, tokens.clamp(min=0), batch))
         return Choice(tokens, columns)
 
-    def _active(self, batch: Batch) -> list[LogitsProcessor]:
-        """The processors that can change a choice: not neutral, and not idle because every row is greedy."""
+    def _stages(self, batch: Batch) -> _Stages:
+        """What can change a choice, split into stages: neither neutral parts nor those that are idle because every row
+        is greedy."""
         if self._memo is not None and self._memo[0] is batch.values:
             return self._memo[1]  # the same rows as in the last step
         greedy = "greedy_at_zero" in traits(self.sampler) and batch.all_equal("temperature", 0.0)
         idle = {"keeps_argmax"} if greedy else set()
         active = [part for part in self.processors if not _is_neutral(part, batch) and not idle & traits(part)]
-        self._memo = (batch.values, active)
-        return active
+        stages = _Stages(active, [], [part for part in (*active, self.sampler) if hasattr(part, "accept")])
+        if self.windows and not stages.accepting and batch.device.type == "cpu":
+            if hasattr(self.sampler, "choose") and any(_truncates(part) for part in active):
+                head, tail = _split(active)
+                stages = _Stages(head, tail, [], _window(tail, batch))
+        self._memo = (batch.values, stages)
+        return stages
 
-    def _choose(self, logits: Tensor, batch: Batch, tail: Sequence[Any]) -> Tensor:
+    def _choose(self, logits: Tensor, batch: Batch, tail: Sequence[Any], window: int) -> Tensor:
         """The rest of the chain on a window; rows whose candidates it does not hold are done in full."""
-        candidates = Candidates.of(logits, _window(tail, batch, logits.shape[1]))
+        candidates = Candidates.of(logits, window)
         for part in tail:
             candidates = part.narrow(candidates, batch)
         index: Tensor = self.sampler.choose(candidates, batch)[:, None]  # type: ignore[attr-defined]
-        coded = _code(candidates.ids.gather(1, index)[:, 0], candidates.values.gather(1, index)[:, 0])
+        tokens, chosen = candidates.ids.gather(1, index)[:, 0], candidates.values.gather(1, index)[:, 0]
         known = (candidates.fits & candidates.complete)[:, 0]
-        if bool(known.all()):
-            return coded
+        if bool((known & chosen.isfinite()).all()):
+            return tokens
         rows = (~known).nonzero()[:, 0]
+        if not len(rows):
+            return _code(tokens, chosen)
         some = batch.select(rows)
         scores = _apply(tail, logits[rows], some)
-        return coded.scatter(0, rows, self._sample(scores, some))
+        return _code(tokens, chosen).scatter(0, rows, self._sample(scores, some))
 
     def _sample(self, scores: Tensor, batch: Batch) -> Tensor:
         """The sampler's choice or a code in each row."""
@@ -144,11 +170,27 @@ def part_name(part: Any) -> str:
     return name if isinstance(name, str) else type(part).__name__
 
 
-def _apply(parts: Sequence[Any], logits: Tensor, batch: Batch) -> Tensor:
-    """The parts one after another; the given logits stay as they are."""
-    scores = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+@contextlib.contextmanager
+def _restored(logits: Tensor, batch: Batch, lends: bool) -> Iterator[bool]:
+    """Whether parts may write into the raw logits at the tokens of the history, which are put back afterwards: that
+    costs as much as the history, a copy as much as the vocabulary."""
+    if not lends or logits.dtype not in _FLOATS or not logits.is_contiguous() or logits.is_inference():
+        yield False
+        return
+    tokens = batch.tokens.clamp(min=0)
+    before = logits.gather(1, tokens)
+    try:
+        yield True
+    finally:
+        logits.scatter_(1, tokens, before)
+
+
+def _apply(parts: Sequence[Any], logits: Tensor, batch: Batch, writable: bool = False) -> Tensor:
+    """The parts one after another; the given logits stay as they are, unless ``writable`` at the history's tokens."""
+    scores = logits if logits.dtype in _FLOATS else logits.float()
     for part in parts:
-        given = scores.clone() if scores is logits and "pure" not in traits(part) else scores
+        lent = writable and "history_only" in traits(part)
+        given = scores.clone() if scores is logits and not lent and "pure" not in traits(part) else scores
         scores = part(given, batch)
         _check_like(part, scores, given)
     return scores
@@ -167,10 +209,10 @@ def _truncates(part: Any) -> bool:
     return bool(getattr(part, "truncates", hasattr(part, "narrow")))
 
 
-def _window(tail: Sequence[Any], batch: Batch, vocab_size: int) -> int:
+def _window(tail: Sequence[Any], batch: Batch) -> int:
     """How many candidates to look at: what the parts know to be enough, else a guess."""
     known = [part.window(batch) for part in tail if hasattr(part, "window")]
-    return min(min((count for count in known if count), default=_GUESS), vocab_size)
+    return min((count for count in known if count), default=_GUESS)
 
 
 def _is_neutral(part: Any, batch: Batch) -> bool:

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from .batch import Batch, Column, Output, Plan
     from .chain import Chain
 
-Trait: TypeAlias = Literal["pure", "keeps_argmax", "row_independent", "stateful", "greedy_at_zero"]
+Trait: TypeAlias = Literal["pure", "history_only", "keeps_argmax", "row_independent", "stateful", "greedy_at_zero"]
 """What a part promises, in its attribute ``traits`` (a frozenset); nothing is assumed of a part that promises nothing.
 
 pure: never writes into the logits that it is given (others get a copy of the raw ones).
+history_only: writes at tokens of ``batch.tokens`` only, and keeps no reference to the tensor: it may be given the raw
+    logits, which are restored after the choice.
 keeps_argmax: the likeliest token of a row stays the likeliest; skipped where every row is greedy.
 row_independent: a row's result depends on nothing but that row.
 stateful: keeps state columns.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from .parts import Param, Trait
 
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
 
     from .batch import Batch
     from .candidates import Candidates
+    from .noise import Words
+
+_STREAM = "categorical"
+_ROUNDING = 2.0**-22
+"""More than the share by which a float32 may differ from the 32 bits that it stands for."""
 
 
 class Greedy:
@@ -22,7 +28,9 @@ class Greedy:
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> int64 [R]."""
-        return logits.argmax(-1)
+        from .candidates import argmax
+
+        return argmax(logits)
 
 
 class Categorical:
@@ -45,11 +53,13 @@ class Categorical:
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> int64 [R]."""
+        from .candidates import argmax
+
         if batch.all_equal("temperature", 0.0):
-            return logits.argmax(-1)
+            return argmax(logits)
         drawn = _draw_from_all(logits, batch)
         if 0.0 in batch.values.get("temperature", {0.0}):
-            drawn = logits.argmax(-1).where(batch["temperature"] == 0, drawn)
+            drawn = argmax(logits).where(batch["temperature"] == 0, drawn)
         return drawn
 
     def choose(self, candidates: Candidates, batch: Batch) -> Tensor:
@@ -66,15 +76,54 @@ class Categorical:
 def _draw_from_all(logits: Tensor, batch: Batch) -> Tensor:
     import torch
 
-    ids = torch.arange(logits.shape[1], device=logits.device)
+    from . import noise
+    from .candidates import argmax
+
     if logits.device.type != "cpu":
-        return (logits + _gumbel(batch, ids)).argmax(-1)
-    # Row by row, so that the noise stays in the processor's cache.
-    rows = [batch.select(torch.tensor([row])) for row in range(len(batch))]
-    return torch.cat([(logits[i : i + 1] + _gumbel(row, ids)).argmax(-1) for i, row in enumerate(rows)])
+        ids = torch.arange(logits.shape[1], device=logits.device)
+        return argmax(logits + noise.gumbel(batch.uniform(_STREAM, ids)))
+    keys = noise.words(noise.key(batch.seed, batch.branch, batch.position, _STREAM))
+    return torch.tensor([_draw(row, keys[at : at + 1]) for at, row in enumerate(logits)])
+
+
+def _draw(logits: Tensor, key: Words) -> int:
+    """The largest of logits [V] plus noise, the noise turned into floats only where it may be the largest.
+
+    The likeliest token and the one of the largest noise set a mark. What reaches it has either a noise that lifts even
+    the likeliest token to it, or a logit that the largest noise lifts to it: both, or it cannot.
+    """
+    import numpy as np
+    import torch
+
+    from . import noise
+
+    def noisy(ids: Any) -> Tensor:
+        return logits[ids] + noise.gumbel(torch.from_numpy(noise.fraction(drawn[ids])))
+
+    drawn, values = noise.bits(key, _numbers(len(logits))), logits.numpy()
+    likeliest, luckiest = int(values.argmax()), int(drawn.argmin())
+    peak = float(values[likeliest])
+    if not math.isfinite(peak):  # NaN and infinities are the chain's to find
+        return int((logits + noise.gumbel(torch.from_numpy(noise.fraction(drawn)))).argmax())
+    mark = float(noisy(np.array([likeliest, luckiest])).max())
+    mark -= 1e-3 + 1e-6 * (abs(mark) + abs(peak))  # more than rounding can do
+    largest_noise = float(noise.gumbel(torch.from_numpy(noise.fraction(drawn[luckiest : luckiest + 1]))))
+    # The noise falls as the fraction that it is made of grows: at least mark - peak up to this one.
+    fraction = -math.expm1(-math.exp(min(peak - mark, 700.0)))
+    able = (drawn <= np.uint64(min(fraction * (1 + _ROUNDING), 1.0) * 2.0**32)) & (values >= mark - largest_noise)
+    ids = np.flatnonzero(able)
+    return int(ids[int(noisy(ids).argmax())])
+
+
+@cache
+def _numbers(vocab_size: int) -> Words:
+    """0, 1, 2, ..."""
+    import numpy as np
+
+    return np.arange(vocab_size, dtype=np.uint64)
 
 
 def _gumbel(batch: Batch, ids: Tensor) -> Tensor:
     from . import noise
 
-    return noise.gumbel(batch.uniform("categorical", ids))
+    return noise.gumbel(batch.uniform(_STREAM, ids))

@@ -224,6 +224,13 @@ STUCK = {
         ),
         (variant(__call__=lambda self, logits, batch: logits * 1.5), "parameters are neutral was changed"),
         (variant(__call__=drop_best), "likeliest token is it no more"),
+        (
+            variant(
+                __call__=lambda self, logits, batch: logits.mul_(batch["scale"][:, None]),
+                traits=frozenset({"history_only", "row_independent"}),
+            ),
+            "claims history_only and wrote at another token",
+        ),
         (variant(__call__=refuse), "refused by prepare"),
         (variant(traits=frozenset({"stateful"})), "claims to be stateful and has no state"),
         (variant(traits=frozenset({"fast"})), "unknown traits are claimed. Seen with fast"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 
 import pytest
 import torch
@@ -34,6 +35,21 @@ def test_published_vectors():
 def test_int64_tensors_wrap_as_uint64_does(states):
     mixed = noise.mix(torch.tensor([signed(state) for state in states])).tolist()
     assert [value % 2**64 for value in mixed] == [split_mix(state) for state in states]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(words, min_size=4, max_size=40))
+def test_both_generators_have_the_same_bits(states):
+    numbers = torch.tensor([signed(state) for state in states])
+    assert torch.equal(
+        torch.from_numpy(noise.mix_words(noise.words(numbers.clone())).view("int64")), noise.mix(numbers)
+    )
+    rows = [numbers[at : len(numbers) - 2 + at] for at in range(3)]
+    name = signed(zlib.crc32(b"s") * GAMMA % 2**64)
+    keys = noise.key(*rows, "s")
+    assert torch.equal(keys, noise.tensor_key(*rows, name))
+    index = torch.stack([rows[0], rows[1]], -1)
+    assert torch.equal(noise.uniform(keys, index), noise.tensor_uniform(keys, index))
 
 
 def key(seed=0, branch=0, position=0, stream="s"):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from llama_infer import DEFAULT_PROCESSORS, Batch, Context, registry, transform_logits
 from llama_infer.chain import EXCLUDED, NON_FINITE, Chain
 from llama_infer.columns import make_batch
+from llama_infer.noise import gumbel
 from llama_infer.pipeline import declared_params
 from llama_infer.samplers import Categorical, Greedy
 
@@ -44,18 +45,18 @@ def test_frequencies_match_the_distribution(params):
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 4
 
 
-def mixed_rows(logits, rows):
-    """A chain of the default parts and a table in which each row has its own parameters."""
+def chain_of(rows, tokens, vocabulary=4096):
+    """The default chain, and a table in which each row has its own parameters and history."""
     parts = [registry.resolve("processor", name) for name in DEFAULT_PROCESSORS]
-    chain = Chain(parts, Categorical()).bind(Context(None, logits.shape[1]))
+    chain = Chain(parts, Categorical()).bind(Context(None, vocabulary))
     declared = declared_params()
     full = [{**{name: param.default for name, param in declared.items()}, **row} for row in rows]
-    return chain, make_batch(chain, declared, full, [[1, 2]] * len(rows), seeds=range(len(rows)))
+    return chain, make_batch(chain, declared, full, tokens, prompt_lengths=[0] * len(rows), seeds=range(len(rows)))
 
 
 def choices(logits, rows):
     """What the chain chooses, on candidates where it can, and what its parts choose from all of the vocabulary."""
-    chain, batch = mixed_rows(logits, rows)
+    chain, batch = chain_of(rows, [[1, 2]] * len(rows), logits.shape[1])
     before = logits.clone()
     chosen = chain(logits, batch).tokens
     assert torch.equal(logits.nan_to_num(7.5), before.nan_to_num(7.5))
@@ -107,6 +108,58 @@ def test_faults_are_found_on_candidates_too(bad, code, row, everywhere, vocabula
         logits[1, 5] = bad
     chosen, expected = choices(logits, [row, row])
     assert chosen[1] == code and chosen[0] == expected[0] >= 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from([2, 9, 4096, 20_000]),
+    st.sampled_from([0.0, 0.1, 1.0, 5.0, 80.0, 1e6]),
+    st.sampled_from([0.0, 1e4, -1e4]),
+    st.integers(0, 2**53),
+    st.booleans(),
+)
+def test_noise_is_spared_where_it_cannot_win(vocabulary, spread, shift, seed, double):
+    """Drawing from all tokens is the argmax of logits plus the noise of each, removed tokens or not."""
+    logits = torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(seed)) * spread + shift
+    logits[1, ::2] = -math.inf
+    logits[2, :-1] = -math.inf
+    if double:
+        logits = logits.double()
+    batch = Batch.of([[1], [2], [3]], seeds=[seed, seed + 1, seed], columns={"temperature": torch.ones(3)})
+    noisy = logits + gumbel(batch.uniform("categorical", torch.arange(vocabulary)))
+    assert torch.equal(Categorical()(logits, batch), noisy.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("further", [{}, {"top_k": 3}, {"logit_bias": {7: 2.0}}, {"mirostat": 2}])
+def test_penalties_borrow_the_raw_logits(temperature, further):
+    """They are written to while the chain runs, and are afterwards what they were; the choice is the plain one's."""
+    logits = torch.randn(4, 4096, generator=torch.Generator().manual_seed(4))
+    tokens = logits.topk(9).indices.tolist()
+    penalties = {"repetition_penalty": 3.0, "presence_penalty": 2.0, "frequency_penalty": 1.0, "dry_multiplier": 1.0}
+    chain, batch = chain_of(
+        [{**penalties, **further, "temperature": temperature, "dry_sequence_breakers": ()}] * 4, tokens
+    )
+    before = logits.clone()
+    chosen = chain(logits, batch).tokens
+    assert torch.equal(logits, before)
+    assert torch.equal(chosen, Categorical()(chain.scores(logits, batch), batch))
+    assert not any(token in row for token, row in zip(chosen.tolist(), tokens, strict=True))
+
+
+def test_borrowed_logits_are_given_back_after_an_error():
+    logits = torch.randn(1, 4096, generator=torch.Generator().manual_seed(5))
+    chain, batch = chain_of([{"repetition_penalty": 3.0}], [[1, 2, 3]])
+
+    def fail(scores, batch):
+        raise ZeroDivisionError
+
+    fail.traits = frozenset({"pure"})
+    broken = Chain([*chain.processors, fail], chain.sampler)
+    before = logits.clone()
+    with pytest.raises(ZeroDivisionError):
+        broken(logits, batch)
+    assert torch.equal(logits, before)
 
 
 def test_greedy_takes_the_lowest_id_among_equals():

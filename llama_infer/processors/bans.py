@@ -10,7 +10,7 @@ from ..errors import ParameterError
 from ..parameters import ENGINE_PARAMS
 from ..parts import Context, Param
 from ..types import Value
-from .penalties import IN_PLACE, largest, last_tokens, numbers
+from .penalties import HISTORY_ONLY, IN_PLACE, largest, last_tokens, numbers
 from .sequences import WILDCARD, Sequences
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class NoRepeatNgram:
             help="no n tokens in a row occur twice; 0 is off",
         )
     }
-    traits = IN_PLACE
+    traits = HISTORY_ONLY
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> [R, V], in place."""

@@ -45,8 +45,7 @@ class _WindowedCutoff(_Cutoff):
         if not (candidates.whole or bool(candidates.complete.all())):
             limit = limit.where(candidates.complete, self._limit(candidates.everything(), batch))
         limit = limit.to(values.dtype)
-        inside = values[:, -1:] < limit
-        return candidates.need(inside | (limit == -math.inf)).keep(~(values < limit), inside)
+        return candidates.cut(limit, limit == -math.inf)
 
 
 class EpsilonCutoff(_WindowedCutoff):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ParameterError
 from ..parts import Context, Param
 from ..types import Value
-from .penalties import IN_PLACE, last_tokens, numbers, within_last
+from .penalties import HISTORY_ONLY, last_tokens, numbers, within_last
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,7 @@ class Dry:
             help="repetitions do not reach across tokens that contain these strings",
         ),
     }
-    traits = IN_PLACE
+    traits = HISTORY_ONLY
 
     def __init__(self, context: Context | None = None) -> None:
         self._context = context

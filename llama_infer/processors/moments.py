@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _BLOCK = 1 << 15
 """Elements worked on at once; below torch's threshold for splitting a sum among threads."""
+_MANTISSA = 16
+"""Bits of a float32 that do not tell bins of weights apart: 128 bins for each halving remain."""
 _LOWEST = -1000.0
 """Stands in for -inf where it is multiplied by its probability, which is 0 at this distance already."""
 
@@ -53,6 +55,11 @@ def mapped(function: Callable[..., Tensor], logits: Tensor, *tensors: Tensor) ->
 def total(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row [R, V]: the largest logit and ``log(sum(exp(logits)))``, wide [R, 1] both."""
     return by_blocks(_total, logits)  # type: ignore[return-value]
+
+
+def mass(logits: Tensor) -> Tensor:
+    """The sum of ``exp(logit - largest logit)`` over each row, wide [R, 1]."""
+    return by_blocks(_mass, logits)[0]
 
 
 def collision(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,6 +120,49 @@ def least_above(logits: Tensor, limit: Tensor) -> Tensor:
     return torch.stack(rows)[:, None]
 
 
+def nucleus(logits: Tensor, top_p: Tensor) -> Tensor:
+    """The smallest logit of each row that has less than the share ``top_p`` (wide [R, 1], below 1) of the probability
+    on tokens likelier than it, [R, 1]; -inf where nothing can be said.
+
+    On the CPU without sorting the row: a histogram of the weights finds the bin in which the share is reached; only
+    that is sorted.
+    """
+    import torch
+
+    if logits.device.type != "cpu":
+        values = logits.sort(-1, descending=True).values
+        weights = wide((values - values[:, :1]).exp())
+        return values.gather(1, held(weights, weights.cumsum(-1), top_p * mass(logits)) - 1)
+    limits = [_nucleus(row, share) for row, share in zip(logits, top_p[:, 0].tolist(), strict=True)]
+    return torch.tensor(limits, dtype=logits.dtype)[:, None]
+
+
+def held(weights: Tensor, gathered: Tensor, share: Tensor) -> Tensor:
+    """int64: how many of the likeliest tokens are kept until their weights sum to ``share`` [R, 1]; one at least.
+
+    ``weights`` [R, K] in descending order, and their running sums ``gathered``.
+    """
+    return (gathered - weights < share).sum(-1, keepdim=True).clamp_(min=1)
+
+
+def _nucleus(row: Tensor, top_p: float) -> float:
+    import torch
+
+    peak = float(row.amax())
+    if not math.isfinite(peak):
+        return -math.inf
+    weights = (row - peak).exp_()
+    bins = weights.float().view(torch.int32) >> _MANTISSA  # positive floats are in the order of their bits
+    masses = torch.bincount(bins, weights=weights.double()).flip(0)
+    gathered = masses.cumsum(0)
+    share = top_p * gathered[-1:]
+    at = held(masses, gathered, share) - 1
+    inside = row[bins == len(masses) - 1 - at].sort(descending=True).values
+    weights = (inside - peak).exp_().double()
+    kept = held(weights, weights.cumsum(0) + (gathered - masses)[at], share)
+    return float(inside[kept - 1])
+
+
 def descending(logits: Tensor) -> Tensor:
     """The rows in descending order."""
     import torch
@@ -129,6 +179,11 @@ def _shifted(block: Tensor) -> tuple[Tensor, Tensor]:
     largest = block.amax(-1, keepdim=True)
     base = largest.where(largest.isfinite(), largest.new_zeros(()))
     return block - base, wide(base)
+
+
+def _mass(block: Tensor) -> tuple[Tensor]:
+    shifted, base = _shifted(block)
+    return (shifted.exp_().sum(-1, keepdim=True, dtype=base.dtype),)
 
 
 def _total(block: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 IN_PLACE: frozenset[Trait] = frozenset({"row_independent"})
 """The traits of a part that writes into the logits that it is given."""
+HISTORY_ONLY: frozenset[Trait] = IN_PLACE | {"history_only"}
+"""The traits of one that writes at the tokens of the history only."""
 NO_TOKEN = -2
 """What :func:`last_tokens` has where a row is too short; differs from every token and from the table's padding."""
 
@@ -52,7 +54,7 @@ class RepetitionPenalty:
             help="how many of the last tokens repetition_penalty looks at; -1: all of them",
         ),
     }
-    traits = IN_PLACE
+    traits = HISTORY_ONLY
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> [R, V], in place."""
@@ -87,7 +89,7 @@ class PresencePenalty:
             help="subtracted from the logits of tokens in the answer",
         )
     }
-    traits = IN_PLACE
+    traits = HISTORY_ONLY
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> [R, V], in place."""
@@ -114,7 +116,7 @@ class FrequencyPenalty:
             help="subtracted for each occurrence in the answer",
         )
     }
-    traits = IN_PLACE
+    traits = HISTORY_ONLY
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> [R, V], in place."""

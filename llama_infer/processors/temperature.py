@@ -40,8 +40,9 @@ class Temperature:
 
     def narrow(self, candidates: Candidates, batch: Batch) -> Candidates:
         """The same on candidates."""
-        divisor = _divisor(candidates.values, batch)
-        values = _shifted(candidates.values, candidates.values[:, :1], divisor, batch) / divisor
+        values = candidates.values
+        divisor = _divisor(values, batch)
+        values = _shifted(values, values[:, :1], divisor, batch) / divisor
         return replace(candidates, values=values, everything=cache(lambda: self(candidates.everything(), batch)))
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -52,12 +53,18 @@ class Temperature:
 
 def _divisor(logits: Tensor, batch: Batch) -> Tensor:
     temperature = batch["temperature"]
+    if not _any_tiny(batch):
+        return temperature.to(logits.dtype)[:, None]
     return temperature.clamp(min=_SMALLEST).masked_fill(temperature == 0, 1.0).to(logits.dtype)[:, None]
 
 
 def _shifted(logits: Tensor, largest: Tensor | None, divisor: Tensor, batch: Batch) -> Tensor:
     """With a row's maximum at 0 where the temperature is tiny: no probability changes and quotients stay finite."""
-    if not any(isinstance(v, float) and v < _SHIFT_BELOW for v in batch.values.get("temperature", {0.0})):
+    if not _any_tiny(batch):
         return logits
     shift = logits.amax(-1, keepdim=True) if largest is None else largest
     return logits - shift.where((divisor < _SHIFT_BELOW) & shift.isfinite(), shift.new_zeros(()))
+
+
+def _any_tiny(batch: Batch) -> bool:
+    return any(isinstance(v, float) and v < _SHIFT_BELOW for v in batch.values.get("temperature", {0.0}))

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from ..candidates import Candidates
 
 TRUNCATION: frozenset[Trait] = frozenset({"pure", "keeps_argmax", "row_independent"})
-_WINDOW = 1000
-"""How many of the likeliest tokens :class:`TopP` looks at before it falls back to all of them."""
 
 
 class TopK:
@@ -35,10 +33,9 @@ class TopK:
         if not largest:
             return logits  # every row keeps all
         from ..candidates import likeliest
+        from .moments import drop_below
 
-        best = likeliest(logits, largest)[0]
-        last, restricted = self._last(best, batch)
-        return logits.masked_fill(restricted & (logits < last), -math.inf)
+        return drop_below(logits, self._last(likeliest(logits, largest)[0], batch))
 
     def window(self, batch: Batch) -> int:
         """Room for every row's k and as many ties; 0 when some row keeps all."""
@@ -47,17 +44,21 @@ class TopK:
 
     def narrow(self, candidates: Candidates, batch: Batch) -> Candidates:
         """The same on candidates; ties of the last one must end inside the window."""
-        values = candidates.values
-        last, restricted = self._last(values, batch)
-        inside = (batch["top_k"] <= values.shape[1])[:, None] & (values[:, -1:] < last)
-        fitting = candidates.need(inside | ~restricted)
-        return fitting.keep(~(values < last) | ~restricted, restricted & inside)  # NaN stays, to be found
+        every_row = 0 not in batch.values.get("top_k", {0})
+        return candidates.cut(
+            self._last(candidates.values, batch), None if every_row else (batch["top_k"] == 0)[:, None]
+        )
 
-    def _last(self, best: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The smallest logit that stays [R, 1], and in which rows there is one, bool [R, 1]."""
-        top_k = batch["top_k"]
-        last = best.gather(1, (top_k - 1).clamp(0, best.shape[1] - 1)[:, None])
-        return last, (top_k > 0)[:, None]
+    def _last(self, best: Tensor, batch: Batch) -> Tensor:
+        """The smallest logit that stays, [R, 1], of the likeliest in descending order; -inf where all of them do."""
+        known = batch.values.get("top_k", ())
+        if len(known) == 1:
+            (k,) = known
+            if isinstance(k, int) and 0 < k <= best.shape[1]:
+                return best[:, k - 1 : k]
+        top_k = batch["top_k"][:, None]
+        last = best.gather(1, (top_k - 1).clamp(0, best.shape[1] - 1))
+        return last.masked_fill((top_k == 0) | (top_k > best.shape[1]), -math.inf)
 
 
 def _largest_k(batch: Batch, vocab_size: int) -> int:
@@ -86,29 +87,31 @@ class TopP:
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> [R, V]."""
-        from ..candidates import Candidates
+        from .moments import drop_below, nucleus
 
-        # Only a CPU can look at what fits without waiting for itself.
-        for count in (_WINDOW, logits.shape[1]) if logits.device.type == "cpu" else (logits.shape[1],):
-            candidates = self.narrow(Candidates.of(logits, count), batch)
-            if candidates.whole or bool(candidates.fits.all()):
-                break
-        last = candidates.values.masked_fill(candidates.values == -math.inf, math.inf).amin(-1, keepdim=True)
-        return logits.masked_fill((batch["top_p"] < 1)[:, None] & (logits < last), -math.inf)
+        top_p = self._share(batch)
+        return drop_below(logits, nucleus(logits, top_p).masked_fill(top_p >= 1, -math.inf))
 
     def narrow(self, candidates: Candidates, batch: Batch) -> Candidates:
         """The same on candidates."""
-        top_p = batch["top_p"].to(candidates.values.dtype)[:, None]
-        weights = (candidates.values - candidates.values[:, :1]).exp()
-        cumulative = weights.cumsum(-1)
-        share = top_p * candidates.total()
-        kept = (cumulative - weights < share).sum(-1, keepdim=True).clamp(min=1)
-        last = candidates.values.gather(1, kept - 1)
-        # The window reaches far enough when something in it goes: then everything behind it goes too.
-        inside = candidates.values[:, -1:] < last
+        from .moments import held, mass, wide
+
+        values, top_p = candidates.values, self._share(batch)
+        weights = wide((values - values[:, :1]).exp())
+        gathered = weights.cumsum(-1)
+        total = gathered[:, -1:]
+        if not (candidates.whole or bool(candidates.complete.all())):
+            total = total.where(candidates.complete, mass(candidates.everything()))
+        last = values.gather(1, held(weights, gathered, top_p * total) - 1)
+        if 1.0 not in batch.values.get("top_p", {1.0}):
+            return candidates.cut(last)
         everything = top_p >= 1
-        fitting = candidates.need(inside | everything)
-        return fitting.keep(~(candidates.values < last) | everything, inside & ~everything)
+        return candidates.cut(last.masked_fill(everything, -math.inf), everything)
+
+    def _share(self, batch: Batch) -> Tensor:
+        from .moments import wide
+
+        return wide(batch["top_p"])[:, None]
 
 
 class MinP:
@@ -128,13 +131,14 @@ class MinP:
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> [R, V]."""
-        return logits.masked_fill(logits < self._limit(logits.amax(-1, keepdim=True), batch), -math.inf)
+        from .moments import drop_below
+
+        return drop_below(logits, self._limit(logits.amax(-1, keepdim=True), batch))
 
     def narrow(self, candidates: Candidates, batch: Batch) -> Candidates:
         """The same on candidates."""
         limit = self._limit(candidates.values[:, :1], batch)
-        inside = candidates.values[:, -1:] < limit
-        return candidates.need(inside | (limit == -math.inf)).keep(~(candidates.values < limit), inside)
+        return candidates.cut(limit, None if 0.0 not in batch.values.get("min_p", {0.0}) else limit == -math.inf)
 
     def _limit(self, largest: Tensor, batch: Batch) -> Tensor:
         return largest + batch["min_p"].to(largest.dtype).log()[:, None]

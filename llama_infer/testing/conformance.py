@@ -310,6 +310,9 @@ def _call(trial: _Trial, logits: Tensor, batch: Batch) -> Tensor:
         trial.fail(f"it returned {what}; shape, dtype and device are to be {expected[0]} {list(expected[1])}")
     if "pure" in _traits(trial.part) and not torch.equal(given, logits):
         trial.fail("it claims to be pure and wrote into the logits")
+    if "history_only" in _traits(trial.part):
+        history = torch.zeros_like(logits, dtype=torch.bool).scatter(1, batch.tokens.clamp(min=0), True)
+        trial.fail_rows(((given != logits) & ~history).any(-1), "it claims history_only and wrote at another token")
     if not _equal(_contents(batch), before):
         trial.fail("it wrote into the batch")
     if not torch.equal(random_state, torch.random.get_rng_state()):
