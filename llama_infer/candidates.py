@@ -8,7 +8,8 @@ choice, because noise belongs to the token id and sums run from the likeliest to
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +18,7 @@ _CHUNKS = (64, 32, 16)
 """How many tokens may share a maximum in the first stage of the search."""
 
 
-@dataclass(frozen=True)
-class Candidates:
+class Candidates(NamedTuple):
     """A window on the likeliest tokens of each row.
 
     Attributes:
@@ -52,11 +52,11 @@ class Candidates:
 
         ``decided`` bool [R, 1]: the part removed everything outside of the window in these rows, and knows it.
         """
-        return replace(self, values=self.values.masked_fill(~kept, -torch.inf), complete=self.complete | decided)
+        return self._replace(values=self.values.masked_fill(~kept, -torch.inf), complete=self.complete | decided)
 
     def need(self, enough: Tensor) -> Candidates:
         """Rows where ``enough`` bool [R, 1] is false must be done in full, unless nothing is left outside anyway."""
-        return replace(self, fits=self.fits & (enough | self.complete))
+        return self._replace(fits=self.fits & (enough | self.complete))
 
     def cut(self, limit: Tensor, enough: Tensor | None = None) -> Candidates:
         """Without the tokens below ``limit`` [R, 1]; NaN stays, to be found.
@@ -84,7 +84,7 @@ def argmax(logits: Tensor) -> Tensor:
         return logits.argmax(-1)
     grouped = logits.reshape(rows, -1, size)
     chunk = grouped.amax(-1).argmax(-1)
-    return chunk * size + grouped[torch.arange(rows), chunk].argmax(-1)
+    return chunk * size + grouped[_row_numbers(rows, logits.device)[:, 0], chunk].argmax(-1)
 
 
 def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -95,9 +95,15 @@ def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if not size:
         best = logits.topk(count)
         return best.values, best.indices
-    grouped = logits.reshape(rows, -1, size)
-    chosen = grouped.amax(-1).topk(count, sorted=False).indices
-    inside = grouped[torch.arange(rows, device=logits.device)[:, None], chosen].flatten(1)
+    chunks = logits.reshape(-1, size)
+    chosen = chunks.amax(-1).view(rows, -1).topk(count, sorted=False).indices
+    first = _row_numbers(rows, logits.device) * (vocab_size // size)
+    inside = chunks.index_select(0, (chosen + first).flatten()).view(rows, -1)
     best = inside.topk(count)
     shift = size.bit_length() - 1  # chunks are powers of two
     return best.values, (chosen.gather(1, best.indices >> shift) << shift) + (best.indices & size - 1)
+
+
+@lru_cache(maxsize=64)
+def _row_numbers(rows: int, device: torch.device) -> Tensor:
+    return torch.arange(rows, device=device)[:, None]

@@ -35,18 +35,14 @@ class Choice(NamedTuple):
 
 
 class _Stages(NamedTuple):
-    """``head`` on all logits; ``tail`` on a window of so many tokens, 0 where there is none; who accepts the choice."""
+    """``head`` on all logits; ``tail`` on a window of so many tokens, 0 where there is none; who accepts the choice;
+    whether the head may be lent the raw logits."""
 
     head: Sequence[LogitsProcessor]
     tail: Sequence[LogitsProcessor]
     accepting: Sequence[Any]
     window: int = 0
-
-    @property
-    def lends(self) -> bool:
-        """Whether the raw logits may be lent to a part, and nobody keeps them."""
-        first = next((part for part in self.head if "pure" not in traits(part)), None)
-        return not self.accepting and "history_only" in traits(first)
+    lends: bool = False
 
 
 class Chain:
@@ -89,10 +85,12 @@ class Chain:
     def __call__(self, logits: Tensor, batch: Batch) -> Choice:
         """Chooses a token in each row from raw logits [R, V]."""
         stages = self._stages(batch)
-        with _restored(logits, batch, stages.lends) as writable:
-            return self._run(stages, logits, batch, writable)
+        if not stages.lends or not _is_writable(logits):
+            return self._run(stages, logits, batch)
+        with _restored(logits, batch.tokens.clamp(min=0)):
+            return self._run(stages, logits, batch, writable=True)
 
-    def _run(self, stages: _Stages, logits: Tensor, batch: Batch, writable: bool) -> Choice:
+    def _run(self, stages: _Stages, logits: Tensor, batch: Batch, writable: bool = False) -> Choice:
         scores = _apply(stages.head, logits, batch, writable)
         if stages.window:
             return Choice(self._choose(scores, batch, stages.tail, min(stages.window, logits.shape[1])), {})
@@ -115,6 +113,9 @@ class Chain:
             if hasattr(self.sampler, "choose") and any(_truncates(part) for part in active):
                 head, tail = _split(active)
                 stages = _Stages(head, tail, [], _window(tail, batch))
+        first = next((part for part in stages.head if "pure" not in traits(part)), None)
+        if not stages.accepting and "history_only" in traits(first):
+            stages = stages._replace(lends=True)
         self._memo = (batch.values, stages)
         return stages
 
@@ -126,7 +127,7 @@ class Chain:
         index: Tensor = self.sampler.choose(candidates, batch)[:, None]  # type: ignore[attr-defined]
         tokens, chosen = candidates.ids.gather(1, index)[:, 0], candidates.values.gather(1, index)[:, 0]
         known = (candidates.fits & candidates.complete)[:, 0]
-        if bool((known & chosen.isfinite()).all()):
+        if bool((known & (chosen.abs() < torch.inf)).all()):
             return tokens
         rows = (~known).nonzero()[:, 0]
         if not len(rows):
@@ -170,19 +171,19 @@ def part_name(part: Any) -> str:
     return name if isinstance(name, str) else type(part).__name__
 
 
+def _is_writable(logits: Tensor) -> bool:
+    return logits.dtype in _FLOATS and logits.is_contiguous() and not logits.is_inference()
+
+
 @contextlib.contextmanager
-def _restored(logits: Tensor, batch: Batch, lends: bool) -> Iterator[bool]:
-    """Whether parts may write into the raw logits at the tokens of the history, which are put back afterwards: that
-    costs as much as the history, a copy as much as the vocabulary."""
-    if not lends or logits.dtype not in _FLOATS or not logits.is_contiguous() or logits.is_inference():
-        yield False
-        return
-    tokens = batch.tokens.clamp(min=0)
-    before = logits.gather(1, tokens)
+def _restored(logits: Tensor, ids: Tensor) -> Iterator[None]:
+    """Whatever is written into the logits at ``ids`` [R, K] is undone: that costs as much as the history is long, a
+    copy as much as the vocabulary is large."""
+    before = logits.gather(1, ids)
     try:
-        yield True
+        yield
     finally:
-        logits.scatter_(1, tokens, before)
+        logits.scatter_(1, ids, before)
 
 
 def _apply(parts: Sequence[Any], logits: Tensor, batch: Batch, writable: bool = False) -> Tensor:

@@ -9,6 +9,7 @@ the CPU in numpy, whose uint64 needs half of the operations and a third of the t
 from __future__ import annotations
 
 import zlib
+from functools import cache
 from typing import TypeAlias
 
 import numpy as np
@@ -26,6 +27,7 @@ def _signed(value: int) -> int:
 _UNSIGNED = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _GAMMA, _C1, _C2 = map(_signed, _UNSIGNED)
 _WORD_GAMMA, _WORD_C1, _WORD_C2 = map(np.uint64, _UNSIGNED)
+_1, _27, _30, _31, _32 = map(np.uint64, (1, 27, 30, 31, 32))
 _BELOW_ONE = np.float32(1 - 2.0**-24)
 """Without this bound the topmost values would round to 1.0 in float32."""
 
@@ -39,20 +41,26 @@ def mix(x: Tensor) -> Tensor:
 
 def mix_words(x: Words) -> Words:
     """The same on uint64, in place."""
-    for shift, factor in ((30, _WORD_C1), (27, _WORD_C2)):
-        x ^= x >> np.uint64(shift)
-        x *= factor
-    x ^= x >> np.uint64(31)
+    x ^= x >> _30
+    x *= _WORD_C1
+    x ^= x >> _27
+    x *= _WORD_C2
+    x ^= x >> _31
     return x
 
 
 def key(seed: Tensor, branch: Tensor, position: Tensor, stream: str) -> Tensor:
     """int64 [R] keys of the rows' streams; each argument but the name is int64 [R]."""
-    name = zlib.crc32(stream.encode()) * _UNSIGNED[0] % (1 << 64)
+    name = _name_word(stream)
     if seed.device.type != "cpu":
-        return tensor_key(seed, branch, position, _signed(name))
+        return tensor_key(seed, branch, position, _signed(int(name)))
     state = mix_words(_row_state(seed, branch) + words(position) * _WORD_GAMMA)
-    return torch.from_numpy(mix_words(state + np.uint64(name)).view(np.int64))
+    return torch.from_numpy(mix_words(state + name).view(np.int64))
+
+
+@cache
+def _name_word(stream: str) -> np.uint64:
+    return np.uint64(zlib.crc32(stream.encode()) * _UNSIGNED[0] % (1 << 64))
 
 
 def _row_state(seed: Tensor, branch: Tensor) -> Words:
@@ -75,7 +83,7 @@ def tensor_key(seed: Tensor, branch: Tensor, position: Tensor, name: int) -> Ten
 
 def bits(keys: Words, index: Words) -> Words:
     """32 random bits for each key and index, which broadcast."""
-    return mix_words(keys + (index + np.uint64(1)) * _WORD_GAMMA) >> np.uint64(32)
+    return mix_words(keys + (index + _1) * _WORD_GAMMA) >> _32
 
 
 def fraction(drawn: Words) -> NDArray[np.float32]:
@@ -106,4 +114,4 @@ def tensor_uniform(keys: Tensor, index: Tensor) -> Tensor:
 
 def gumbel(uniform: Tensor) -> Tensor:
     """Standard Gumbel noise from uniform noise; ``argmax(logits + gumbel)`` draws from softmax(logits)."""
-    return -torch.log(-torch.log1p(-uniform))
+    return (-uniform).log1p_().neg_().log_().neg_()

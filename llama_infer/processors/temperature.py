@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from functools import cache
+from collections.abc import Hashable
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from ..parts import Param, Trait
@@ -40,31 +40,25 @@ class Temperature:
 
     def narrow(self, candidates: Candidates, batch: Batch) -> Candidates:
         """The same on candidates."""
-        values = candidates.values
-        divisor = _divisor(values, batch)
-        values = _shifted(values, values[:, :1], divisor, batch) / divisor
-        return replace(candidates, values=values, everything=cache(lambda: self(candidates.everything(), batch)))
+        values = _divided(candidates.values, candidates.values[:, :1], batch)
+        return candidates._replace(values=values, everything=cache(lambda: self(candidates.everything(), batch)))
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> [R, V]."""
-        divisor = _divisor(logits, batch)
-        return _shifted(logits, None, divisor, batch) / divisor
+        return _divided(logits, None, batch)
 
 
-def _divisor(logits: Tensor, batch: Batch) -> Tensor:
-    temperature = batch["temperature"]
-    if not _any_tiny(batch):
-        return temperature.to(logits.dtype)[:, None]
-    return temperature.clamp(min=_SMALLEST).masked_fill(temperature == 0, 1.0).to(logits.dtype)[:, None]
-
-
-def _shifted(logits: Tensor, largest: Tensor | None, divisor: Tensor, batch: Batch) -> Tensor:
-    """With a row's maximum at 0 where the temperature is tiny: no probability changes and quotients stay finite."""
-    if not _any_tiny(batch):
-        return logits
+def _divided(logits: Tensor, largest: Tensor | None, batch: Batch) -> Tensor:
+    """The quotients. Where a temperature is tiny, with its row's ``largest`` logit at 0: no probability changes by that
+    and quotients stay finite."""
+    temperature = batch["temperature"].to(logits.dtype)[:, None]
+    if not _any_tiny(batch.values.get("temperature", frozenset({0.0}))):
+        return logits / temperature
+    divisor = temperature.clamp(min=_SMALLEST).masked_fill(temperature == 0, 1.0)
     shift = logits.amax(-1, keepdim=True) if largest is None else largest
-    return logits - shift.where((divisor < _SHIFT_BELOW) & shift.isfinite(), shift.new_zeros(()))
+    return (logits - shift.where((divisor < _SHIFT_BELOW) & shift.isfinite(), shift.new_zeros(()))) / divisor
 
 
-def _any_tiny(batch: Batch) -> bool:
-    return any(isinstance(v, float) and v < _SHIFT_BELOW for v in batch.values.get("temperature", {0.0}))
+@lru_cache(maxsize=64)
+def _any_tiny(values: frozenset[Hashable]) -> bool:
+    return any(isinstance(value, float) and value < _SHIFT_BELOW for value in values)

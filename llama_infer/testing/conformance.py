@@ -12,7 +12,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from ..errors import LlamaInferError, ParameterError
@@ -419,7 +419,7 @@ def _check_choose(trial: _Trial, logits: Tensor, batch: Batch, count: int) -> No
     candidates = Candidates.of(logits, count)
     left = torch.full_like(logits, -torch.inf).scatter(1, candidates.ids, candidates.values)
     expected = _call(trial, left, batch)
-    index = trial.part.choose(replace(candidates, complete=torch.ones_like(candidates.complete)), batch)
+    index = trial.part.choose(candidates._replace(complete=torch.ones_like(candidates.complete)), batch)
     if index.shape != expected.shape or bool(((index < 0) | (index >= count)).any()):
         trial.fail(f"choose on a window of {count} gave no place in it for each row")
     chosen = candidates.ids.gather(1, index[:, None])[:, 0]
