@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -56,8 +56,8 @@ def per_prompt(
 
 def serve(engine: Any, requests: Iterator[Request], batch_size: int, ordered: bool) -> Iterator[Completion]:
     """Keeps the engine fed, and the undelivered results few."""
-    order: deque[str] = deque()  # what was taken and not delivered, in the order given
-    done: dict[str, Completion] = {}
+    order: OrderedDict[str, None] = OrderedDict()  # what was taken and not delivered, in the order given
+    done: OrderedDict[str, Completion] = OrderedDict()
     exhausted, refused = False, 0
     while True:
         while not exhausted and len(order) < 4 * batch_size and len(order) - len(done) < 2 * batch_size:
@@ -70,18 +70,20 @@ def serve(engine: Any, requests: Iterator[Request], batch_size: int, ordered: bo
             try:
                 if request.id in order:
                     raise ParameterError(f"a request with the id {request.id!r} is being served: choose another id")
-                order.append(engine.add(request))
+                order[engine.add(request)] = None
             except LlamaInferError as error:
                 refused += 1
-                order.append(f"\0refused {refused}")
-                done[order[-1]] = Completion(request, finish_reason="error", error=error)
+                order[f"\0refused {refused}"] = None
+                done[f"\0refused {refused}"] = Completion(request, finish_reason="error", error=error)
         if engine.busy and len(done) < len(order):
             for event in engine.step():
                 if isinstance(event, Completion):
                     done[event.request.id] = event
-        while done and order and (order[0] in done or not ordered):
-            key = order[0] if ordered else next(iter(done))
-            order.remove(key)
+        while done:
+            key = next(iter(order if ordered else done))
+            if key not in done:
+                break
+            del order[key]
             yield done.pop(key)
         if exhausted and not order:
             return

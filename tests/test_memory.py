@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -305,3 +307,21 @@ def test_free_memory_is_what_the_machine_and_the_groups_leave(tmp_path, monkeypa
 
 def test_free_memory_of_this_machine():
     assert 0 < plans.free_memory(torch.device("cpu")) < 1 << 50
+
+
+@pytest.mark.parametrize("variable, expected", [("MALLOC_ARENA_MAX", []), ("OTHER", [(-3, 64 << 20), (-1, 256 << 20)])])
+def test_malloc_is_told_to_keep_memory_unless_the_user_has_a_say(monkeypatch, variable, expected):
+    from llama_infer.engine import memory
+
+    told = []
+    for name in list(os.environ):
+        if name.startswith(("MALLOC_", "GLIBC_TUNABLES")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setattr(memory.sys, "platform", "linux")
+    library = SimpleNamespace(mallopt=lambda *setting: told.append(setting))
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: library)
+    memory.keep_freed_memory()
+    assert told == expected
+    del library.mallopt  # musl
+    memory.keep_freed_memory()

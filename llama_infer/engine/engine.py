@@ -19,7 +19,7 @@ from ..parts import LoadedModel, Param, Strategy
 from ..types import Completion, Event, Prompt, Request, Value
 from .detokenize import Detokenizer
 from .intake import make_task
-from .memory import give_back, is_out_of_memory
+from .memory import give_back, is_out_of_memory, keep_freed_memory
 from .prefix import PrefixCache, Prefixes
 from .readout import Readout, failure, read
 from .runner import Runner
@@ -64,6 +64,8 @@ class LocalEngine:
 
     def __init__(self, assembly: Assembly) -> None:
         self._a = assembly
+        if assembly.loaded.device.type == "cpu":
+            keep_freed_memory()
         self._scheduler = Scheduler(assembly.batch_size, assembly.cache_tokens)
         self._runner = Runner(assembly.loaded)
         self._cache = assembly.cache()

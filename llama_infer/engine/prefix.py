@@ -6,6 +6,7 @@ blocks of sixteen; a block is known by its tokens and the block before it, never
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -56,7 +57,9 @@ class PrefixCache:
         self.capacity = capacity
         self.tokens = 0
         self._blocks: dict[Key, _Block] = {}
-        self._runs: dict[_Run, None] = {}  # the least recently used first; what a run continues comes behind it
+        self._runs: OrderedDict[_Run, None] = (
+            OrderedDict()
+        )  # the least recently used first; what a run continues comes behind it
         self._count = 0
 
     def match(self, tokens: Sequence[int]) -> Match:
@@ -119,8 +122,7 @@ class PrefixCache:
     def _renew(self, runs: Sequence[_Run]) -> None:
         """Makes runs, given in order, the most recently used, what others continue last."""
         for run in reversed(runs):
-            del self._runs[run]
-            self._runs[run] = None
+            self._runs.move_to_end(run)
 
     def _forget(self, run: _Run) -> None:
         del self._runs[run]
