@@ -47,39 +47,103 @@ inline float exponential(float x) {
     return sum * power;
 }
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define LLAMA_INFER_LANES
+typedef float Lanes __attribute__((vector_size(64)));
+typedef float Quad __attribute__((vector_size(16)));
+
+inline Lanes load(const float* at) {
+    Lanes lanes;
+    std::memcpy(&lanes, at, sizeof lanes);
+    return lanes;
+}
+
+// The sums of four vectors' sixteen numbers each, side by side: a third of the instructions of four sums.
+inline Quad sums(Lanes a, Lanes b, Lanes c, Lanes d) {
+    auto pairs = [](Lanes x, Lanes y) {
+        return __builtin_shufflevector(x, y, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+               __builtin_shufflevector(x, y, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    };
+    Lanes ab = pairs(a, b), cd = pairs(c, d);
+    Lanes all = __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    Quad quads[4];
+    std::memcpy(quads, &all, sizeof all);
+    return (quads[0] + quads[1]) + (quads[2] + quads[3]);
+}
+#endif
+#endif
+
+// Of a query and four keys.
+template <int DIM>
+inline void scores(const float* query, const float* keys, float* found) {
+#ifdef LLAMA_INFER_LANES
+    if constexpr (DIM % 16 == 0) {
+        Lanes each[4];
+        for (int t = 0; t < 4; t++) {
+            each[t] = load(query) * load(keys + t * DIM);
+            for (int d = 16; d < DIM; d += 16) each[t] += load(query + d) * load(keys + t * DIM + d);
+        }
+        Quad quad = sums(each[0], each[1], each[2], each[3]);
+        std::memcpy(found, &quad, sizeof quad);
+        return;
+    }
+#endif
+    for (int t = 0; t < 4; t++) {
+        float score = 0;
+        for (int d = 0; d < DIM; d++) score += query[d] * keys[t * DIM + d];
+        found[t] = score;
+    }
+}
+
+// Four tokens in float32; in place of those behind the end, the last one again.
+template <typename T, int DIM>
+inline void four(const T* from, int64_t start, int64_t end, float* to) {
+    for (int t = 0; t < 4; t++) {
+        const T* token = from + std::min(start + t, end - 1) * DIM;
+        for (int d = 0; d < DIM; d++) to[t * DIM + d] = widen(token[d]);
+    }
+}
+
 // One KV head of one row: a tile of tokens at a time, with a running maximum (Milakov and Gimelshein 2018).
 template <typename T, int DIM>
 void attend(const T* q, const T* k, const T* v, T* out, int64_t first, int64_t end, int64_t group, float scale) {
-    constexpr int TILE = 4096 / DIM;
-    alignas(64) float keys[TILE * DIM], values[TILE * DIM], weights[TILE];
-    for (int64_t g0 = 0; g0 < group; g0 += 8) {
-        const int heads = int(std::min<int64_t>(8, group - g0));
-        alignas(64) float query[8][DIM], sum[8][DIM], most[8], total[8];
+    constexpr int TILE = 64, HEADS = 8;
+    alignas(64) float query[HEADS][DIM], sum[HEADS][DIM], weights[HEADS][TILE], some[4 * DIM];
+    float most[HEADS], total[HEADS];
+    for (int64_t g0 = 0; g0 < group; g0 += HEADS) {
+        const int heads = int(std::min<int64_t>(HEADS, group - g0));
         for (int g = 0; g < heads; g++) {
             most[g] = -INFINITY, total[g] = 0;
             for (int d = 0; d < DIM; d++) query[g][d] = widen(q[(g0 + g) * DIM + d]) * scale, sum[g][d] = 0;
         }
         for (int64_t start = first; start < end; start += TILE) {
             const int count = int(std::min<int64_t>(TILE, end - start));
-            for (int i = 0; i < count * DIM; i++) keys[i] = widen(k[start * DIM + i]);
-            for (int i = 0; i < count * DIM; i++) values[i] = widen(v[start * DIM + i]);
+            for (int t = 0; t < count; t += 4) {
+                four<T, DIM>(k, start + t, end, some);
+                for (int g = 0; g < heads; g++) scores<DIM>(query[g], some, weights[g] + t);
+            }
             for (int g = 0; g < heads; g++) {
                 float top = most[g];
-                for (int t = 0; t < count; t++) {
-                    float score = 0;
-                    for (int d = 0; d < DIM; d++) score += query[g][d] * keys[t * DIM + d];
-                    weights[t] = score;
-                }
-                for (int t = 0; t < count; t++) top = top < weights[t] ? weights[t] : top;
+                for (int t = 0; t < count; t++) top = top < weights[g][t] ? weights[g][t] : top;
                 const float shrink = top == most[g] ? 1.f : most[g] == -INFINITY ? 0.f : exponential(most[g] - top);
                 float added = 0;
-                for (int t = 0; t < count; t++) weights[t] = exponential(weights[t] - top), added += weights[t];
+                for (int t = 0; t < count; t++) {
+                    weights[g][t] = exponential(weights[g][t] - top);
+                    added += weights[g][t];
+                }
+                for (int t = count; t % 4; t++) weights[g][t] = 0;
                 most[g] = top, total[g] = total[g] * shrink + added;
-                float local[DIM];
-                for (int d = 0; d < DIM; d++) local[d] = sum[g][d] * shrink;
-                for (int t = 0; t < count; t++)
-                    for (int d = 0; d < DIM; d++) local[d] += weights[t] * values[t * DIM + d];
-                std::memcpy(sum[g], local, sizeof local);
+                for (int d = 0; d < DIM; d++) sum[g][d] *= shrink;
+            }
+            for (int t = 0; t < count; t += 4) {
+                four<T, DIM>(v, start + t, end, some);
+                for (int g = 0; g < heads; g++) {
+                    const float *w = weights[g] + t, *x = some;
+                    for (int d = 0; d < DIM; d++, x++)
+                        sum[g][d] += (w[0] * x[0] + w[1] * x[DIM]) + (w[2] * x[2 * DIM] + w[3] * x[3 * DIM]);
+                }
             }
         }
         for (int g = 0; g < heads; g++)
@@ -93,7 +157,8 @@ void all(const T* q, const T* k, const T* v, T* out, const int64_t* where, int64
 #pragma omp parallel for schedule(dynamic)
     for (int64_t i = 0; i < rows * heads; i++) {
         const int64_t row = where[i / heads], token = where[rows + i / heads], end = where[2 * rows + i / heads];
-        const int64_t held = row * row_stride + i % heads * head_stride, asked = (token * heads + i % heads) * group * DIM;
+        const int64_t held = row * row_stride + i % heads * head_stride;
+        const int64_t asked = (token * heads + i % heads) * group * DIM;
         attend<T, DIM>(q + asked, k + held, v + held, out + asked, std::max<int64_t>(0, end - window), end, group, scale);
     }
 }
