@@ -135,6 +135,7 @@ class Pipeline:
     notes: tuple[str, ...] = field(init=False, default=())
     _shared: Shared = field(init=False)
     _assembly: Assembly = field(init=False)
+    _backend: Any = field(init=False)
     _layers: tuple[tuple[str, Mapping[str, Value]], ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -165,7 +166,9 @@ class Pipeline:
         object.__setattr__(self, "_layers", layers)
         object.__setattr__(self, "_assembly", built)
         object.__setattr__(self, "notes", (*shared.loaded.notes, *([plan.note] if plan.note else [])))
-        reasons = built_backend(self).unsupported(built)
+        backend = built_backend(self)  # once: to look for entry points takes milliseconds
+        object.__setattr__(self, "_backend", backend)
+        reasons = backend.unsupported(built)
         if reasons:
             raise UnsupportedError(f"{self.model}: " + "; ".join(reasons))
 
@@ -202,7 +205,7 @@ class Pipeline:
         if not listed:
             raise PromptError("the list of prompts is empty")
         requests = self._requests(listed, single, generation_config, params)
-        engine = built_backend(self).open(self._assembly)
+        engine = self._backend.open(self._assembly)
         try:
             order = {engine.add(request): at for at, request in enumerate(requests)}
             answers: list[Completion | None] = [None] * len(requests)
@@ -223,7 +226,7 @@ class Pipeline:
         if not is_one_prompt(prompt):
             raise PromptError("stream takes one prompt; use run for many")
         (request,) = self._requests([prompt], True, generation_config, params)
-        engine = built_backend(self).open(self._assembly)
+        engine = self._backend.open(self._assembly)
         engine.add(request)
         return self._chunks(engine)
 
@@ -233,7 +236,7 @@ class Pipeline:
         A request that cannot be served is yielded with ``finish_reason="error"`` and its error. With ``ordered``, no
         more than four batches are held back while an early request is still being decoded.
         """
-        engine = built_backend(self).open(self._assembly)
+        engine = self._backend.open(self._assembly)
         try:
             yield from serve(engine, iter(requests), self._assembly.batch_size, ordered)
         finally:

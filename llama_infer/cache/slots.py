@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _TOKENS = 64
 """The least number of tokens that a slot is made for."""
+_LARGE = 4 << 20
+"""Bytes from which on memory is asked of the system."""
 
 
 class SlotCache:
@@ -189,14 +191,14 @@ class SlotLayer(DynamicLayer):
 
 
 def _zeros(size: tuple[int, int], like: Tensor) -> Tensor:
-    """[slots, heads, capacity, n] for what is like [tokens, heads, n]. On the CPU the system hands out the memory,
+    """[slots, heads, capacity, n] for what is like [tokens, heads, n]. On the CPU the system hands out large memory,
     zeroed, as it is first written: what a slot does not use yet costs neither time nor memory."""
     shape = size[0], like.shape[1], size[1], like.shape[2]
-    count = math.prod(shape)
-    if not like.is_cpu or not count:
+    count = math.prod(shape) * like.element_size()
+    if not like.is_cpu or count < _LARGE:
         return like.new_zeros(shape)
     try:
-        memory = mmap.mmap(-1, count * like.element_size(), access=mmap.ACCESS_COPY)
+        memory = mmap.mmap(-1, count, access=mmap.ACCESS_COPY)
     except OSError as error:
         raise MemoryError(f"no room for {size[0]} x {size[1]} tokens in the cache: {error}") from error
     return torch.frombuffer(memory, dtype=like.dtype).view(shape)

@@ -7,6 +7,7 @@ Every kernel takes queries [rows, kv heads, group, new, d], where ``group`` quer
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -18,8 +19,8 @@ from ..layout import Layout, Piece
 
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, Layout, Piece, "int | None", "float | None"], Tensor]
 
-_FEW = 1024
-"""Below so many scores a head, calling costs more than computing: one call then beats three."""
+_FEW = 1 << 17
+"""Below so many scores, calling costs more than computing: one call then beats three."""
 _BLOCK = 128
 """Queries of a KV head in a product: their scores stay in the processor's cache."""
 
@@ -55,7 +56,7 @@ def sdpa(
 def products_pay(q: Tensor, k: Tensor) -> bool:
     """Whether :func:`products` is the faster one: prompts in bfloat16 on the CPU. oneDNN's products beat torch's fused
     kernel there; for single tokens they do not, because keys and values are copied into a dense batch first."""
-    return q.is_cpu and q.dtype == torch.bfloat16 and q.shape[3] > 1 and q.shape[3] * k.shape[2] >= _FEW
+    return q.is_cpu and q.dtype == torch.bfloat16 and q.shape[3] > 1 and q[..., 0].numel() * k.shape[2] >= _FEW
 
 
 def products(
@@ -82,5 +83,6 @@ def products(
     return outs[0] if len(outs) == 1 else torch.cat(outs, 3)
 
 
+@functools.lru_cache(maxsize=128)
 def _triangle(size: int, device: torch.device) -> Tensor:
     return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
