@@ -52,7 +52,7 @@ def _replace(model: Model, name: str, make: Callable[[nn.Linear, Model], nn.Modu
 def embedding_of(model: PreTrainedModel, weight: Tensor) -> nn.Module | None:
     """The model's input embedding when that weight is its weight too (a tied head); else None."""
     embedding = model.get_input_embeddings()
-    return embedding if getattr(embedding, "weight", None) is weight else None
+    return embedding if any(parameter is weight for parameter in embedding.parameters(recurse=False)) else None
 
 
 def _named(name: str, wanted: str) -> bool:

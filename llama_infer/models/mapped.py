@@ -19,21 +19,30 @@ def release(tensor: Tensor) -> None:
     Without this they count as this process's until the last tensor of the file is gone. Done on Linux, and only where
     it cannot change a value: every page is the file's own, none was written to.
     """
-    if not sys.platform.startswith("linux") or tensor.layout != torch.strided or tensor.device.type != "cpu":
+    if not sys.platform.startswith("linux") or tensor.device.type != "cpu" or not tensor.is_contiguous():
         return
     page = mmap.PAGESIZE
     first = -(-tensor.data_ptr() // page)
-    last = (tensor.data_ptr() + tensor.untyped_storage().nbytes()) // page
-    if last > first and tensor.storage_offset() == 0 and _all_of_a_file(first, last):
+    last = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page
+    if last > first and _all_of_a_file(first, last):
         size = ctypes.c_size_t((last - first) * page)
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first * page), size, _DONTNEED)
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor lies in a mapped file (known on Linux only, else False). Its first element is read."""
+    if not sys.platform.startswith("linux") or tensor.device.type != "cpu" or not tensor.numel():
+        return False
+    tensor.flatten()[0].item()
+    page = tensor.data_ptr() // mmap.PAGESIZE
+    return _all_of_a_file(page, page + 1)
+
+
 def _all_of_a_file(first: int, last: int) -> bool:
-    """Whether no page of that range has contents of its own (from /proc/self/pagemap, eight bytes a page)."""
+    """Whether those pages that are there have no contents but a file's (/proc/self/pagemap: eight bytes a page)."""
     with contextlib.suppress(OSError), open("/proc/self/pagemap", "rb") as file:
         file.seek(first * 8)
         entries = torch.frombuffer(bytearray(file.read((last - first) * 8)), dtype=torch.int64)
         held = (entries >> 62) & 3 != 0  # present, or swapped out
-        return len(entries) == last - first and bool(((entries >> 61) & 1)[held].all())
+        return len(entries) == last - first and bool(held.any()) and bool(((entries >> 61) & 1)[held].all())
     return False

@@ -58,6 +58,8 @@ class BitsAndBytesInt8:
 class BitsAndBytesNF4:
     """``"bnb-nf4"``: 4-bit NormalFloat weights with quantised scales, bfloat16 arithmetic, the head kept whole."""
 
+    quant_type = "nf4"
+
     def options(self, source: Source) -> Mapping[str, Any]:
         """Keyword arguments for ``from_pretrained``. MissingDependencyError without bitsandbytes."""
         prepare_bitsandbytes()
@@ -67,7 +69,7 @@ class BitsAndBytesNF4:
         configure: Any = BitsAndBytesConfig
         config = configure(
             load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
+            bnb_4bit_quant_type=self.quant_type,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
@@ -79,7 +81,13 @@ class BitsAndBytesNF4:
         return model
 
     def __repr__(self) -> str:
-        return "BitsAndBytesNF4()"
+        return f"{type(self).__name__}()"
+
+
+class BitsAndBytesFP4(BitsAndBytesNF4):
+    """``"bnb-fp4"``: the same with 4-bit floating-point weights, which fit most models a little worse."""
+
+    quant_type = "fp4"
 
 
 def prepare_bitsandbytes() -> None:
