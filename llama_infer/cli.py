@@ -1,4 +1,4 @@
-"""The command line: ``llama-infer run``, ``chat``, ``convert``, ``parts``. No torch before a model is needed."""
+"""The command line: ``llama-infer run``, ``chat``, ``convert``, ``quality``, ``parts``. No torch before a model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .commands.chat import chat
 from .commands.convert import add_convert_options, convert
 from .commands.options import add_model_options, add_prompt_options, add_sampling_options
 from .commands.parts import parts
+from .commands.quality import add_quality_options, quality
 from .commands.run import one_line, run
 from .errors import LlamaInferError, ParameterError, suggest
 
@@ -24,7 +25,8 @@ Answer prompts with a Llama-family model.
 commands:
   run      a file of prompts in, predictions out
   chat     a conversation in the terminal
-  convert  a checkpoint as safetensors: Meta's layout, a merged adapter
+  convert  a checkpoint as safetensors: Meta's layout, a merged adapter, a quantised model
+  quality  what quantizations of a model cost and gain
   parts    the parts that pipelines are built of"""
 _EXAMPLES = """\
 examples:
@@ -62,6 +64,10 @@ _CONVERT_MORE = """\
 examples:
   llama-infer convert Meta-Llama-3-8B/original ./llama-3-8b
   llama-infer convert ./llama-3-8b ./merged --adapter ./llama-3-chinese-8b-lora --dtype bfloat16"""
+_QUALITY = """\
+Measures quantizations against the unquantised model: perplexity of a text, Kullback-Leibler divergence (nats a token),
+how often the likeliest token is the same, size in memory, and tokens a second of one sequence. Both models are in
+memory."""
 _PARTS = """\
 Lists everything that can be named in a slot of a pipeline, with the package that it comes from."""
 
@@ -154,6 +160,12 @@ def _convert(words: Sequence[str]) -> int:
     return convert(parser.parse(words))
 
 
+def _quality(words: Sequence[str]) -> int:
+    parser = _Parser("llama-infer quality", _QUALITY)
+    add_quality_options(parser)
+    return quality(parser.parse(words))
+
+
 def _parts(words: Sequence[str]) -> int:
     parser = _Parser("llama-infer parts", _PARTS)
     parser.add_argument("--json", action="store_true", help="as JSON")
@@ -161,7 +173,7 @@ def _parts(words: Sequence[str]) -> int:
 
 
 _COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = MappingProxyType(
-    {"run": _run, "chat": _chat, "convert": _convert, "parts": _parts}
+    {"run": _run, "chat": _chat, "convert": _convert, "quality": _quality, "parts": _parts}
 )
 
 

@@ -203,7 +203,7 @@ def test_vllm_once_there_is_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         ("run --predictions_file latin.txt --data_file good.txt", None),
         ("run --predictions_file good.txt --data_file good.txt", "is the file of prompts"),
         ("run --predictions_file checkpoint/p.json", "holds a checkpoint"),
-        ("rnu", "unknown command 'rnu'; did you mean 'run'? Commands: run, chat, convert, parts"),
+        ("rnu", "unknown command 'rnu'; did you mean 'run'? Commands: run, chat, convert, quality, parts"),
         ("--base_model x", "llama-infer run --base-model x"),
         ("--version_", "llama-infer run --version-"),
         ("parts --jsn", "did you mean '--json'"),

@@ -17,7 +17,7 @@ import pytest
 from llama_infer import registry
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SCRIPTS = ("quickstart", "custom_sampler", "custom_processor", "custom_stopping", "sweep")
+SCRIPTS = ("quickstart", "custom_sampler", "custom_processor", "custom_stopping", "custom_quantization", "sweep")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

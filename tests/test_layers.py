@@ -15,7 +15,7 @@ LAYERS = [
     {"samplers", "stopping", "foreign", "processors", "strategies", "cache", "models", "prompts"},
     {"engine"},
     {"backends"},
-    {"assembly", "calls", "pipeline", "chat", "jobs"},
+    {"assembly", "calls", "pipeline", "chat", "jobs", "quality"},
     {"commands", "cli"},
 ]
 KINDS = LAYERS[2]

@@ -16,6 +16,7 @@ from .checks import INDEX, WEIGHTS, check_vocabulary
 from .devices import dtype_name
 from .loaders import AutoLoader, examine, load_tokenizer
 from .meta import TOKENIZER, MetaCheckpoint, is_meta, read_tokenizer
+from .saved import save_quantised
 from .weights import quiet
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def convert(
     revision: str | None = None,
     dtype: Any = None,
     context_length: int | None = None,
+    quantization: Any = None,
     trust_remote_code: bool = False,
 ) -> tuple[str, ...]:
     """Write a checkpoint as safetensors in a new folder, which appears when it is complete or not at all.
@@ -46,6 +48,7 @@ def convert(
         revision: of the hub repository.
         dtype: of the weights; by default the source's.
         context_length: for Meta's layout, whose files do not say it; see :class:`~.meta.MetaCheckpoint`.
+        quantization: "int8", "int4" or another policy of this library, which alone reads the result then.
         trust_remote_code: whether the source may bring its own code.
 
     Returns what a user should know, such as that a tokenizer is missing. Raises LoadingError for a source that cannot
@@ -58,11 +61,13 @@ def convert(
         revision=revision,
         dtype=None if dtype is None else dtype_name(dtype),
         device="cpu",
-        quantization="none",
+        quantization="none" if quantization is None else quantization,
         adapter=None if adapter is None else os.fspath(adapter),
         trust_remote_code=trust_remote_code,
     )
     meta = is_meta(folder)
+    if meta and quantization is not None:
+        raise UnsupportedError("Meta's layout is converted by itself: quantise the result afterwards")
     if meta and (adapter is not None or revision is not None):
         raise UnsupportedError("Meta's layout is converted by itself: merge the adapter into the result afterwards")
     if context_length is not None and not meta:
@@ -98,8 +103,12 @@ def _convert_meta(checkpoint: MetaCheckpoint, source: Source, target: Path) -> t
 def _convert_loaded(source: Source, target: Path) -> tuple[str, ...]:
     from dataclasses import replace
 
-    loaded = AutoLoader()(replace(source, dtype=source.dtype or examine(source).dtype))
-    loaded.model.save_pretrained(target, max_shard_size=SHARD_BYTES)
+    if source.quantization == "none":
+        loaded = AutoLoader()(replace(source, dtype=source.dtype or examine(source).dtype))
+        loaded.model.save_pretrained(target, max_shard_size=SHARD_BYTES)
+    else:
+        loaded = AutoLoader()(source)
+        save_quantised(loaded.model, target)
     return _save_tokenizer(loaded.tokenizer, None, None, target)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class Int4:
         keep: names of layers that stay whole, such as ``("lm_head",)``; a name is the end of a module's name. So do
             layers whose inputs are no whole groups, or whose outputs are no multiple of 64.
     """
+
+    name = "int4"
 
     def __init__(self, group_size: int = 32, batched: bool = False, keep: Sequence[str] = ()) -> None:
         if group_size not in GROUPS:
@@ -83,11 +85,16 @@ class Int4:
         """float32 [n, in]."""
         numbers = _numbers(tensors["int4"]).float().sub_(8).unflatten(1, (-1, self.group_size))
         scale, offset = (tensors[name].float().unsqueeze(-1) for name in ("scale", "offset"))
-        return (numbers * scale).add_(offset).flatten(1)
+        weight: Tensor = (numbers * scale).add_(offset).flatten(1)
+        return weight
 
     def layer(self, tensors: Tensors, bias: Tensor | None, dtype: torch.dtype) -> QuantisedLinear:
         """A layer that computes with them."""
         return Int4Linear(self, tensors, bias, dtype)
+
+    def settings(self) -> Mapping[str, Any]:
+        """The arguments that make this policy again."""
+        return {"group_size": self.group_size, "batched": self.batched, "keep": list(self.keep)}
 
     def __repr__(self) -> str:
         more = (", batched=True" if self.batched else "") + (f", keep={self.keep}" if self.keep else "")

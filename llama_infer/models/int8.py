@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class Int8:
             alone are rounded: half the error, and slow for more than a few rows.
         keep: names of layers that stay whole, such as ``("lm_head",)``; a name is the end of a module's name.
     """
+
+    name = "int8"
 
     def __init__(self, activations: bool = True, keep: Sequence[str] = ()) -> None:
         self.activations = bool(activations)
@@ -67,6 +69,10 @@ class Int8:
         """A layer that computes in integers, or in ``dtype`` when activations stay whole."""
         return (Int8Linear if self.activations else Int8WeightLinear)(self, tensors, bias, dtype)
 
+    def settings(self) -> Mapping[str, Any]:
+        """The arguments that make this policy again."""
+        return {"activations": self.activations, "keep": list(self.keep)}
+
     def __repr__(self) -> str:
         return f"Int8(activations={self.activations}" + (f", keep={self.keep})" if self.keep else ")")
 
@@ -77,7 +83,7 @@ class Int8Linear(QuantisedLinear):
     def __init__(self, form: Int8, tensors: Tensors, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(form, tensors["int8"].shape, bias, dtype)
         self._packed = torch.ops.onednn.qlinear_prepack(tensors["int8"], None)
-        self._scale = tensors["scale"]
+        self._scale = tensors["scale"].clone()
         self._zeros = torch.zeros(len(self._scale), dtype=torch.int64)
 
     def tensors(self) -> Tensors:
@@ -102,6 +108,8 @@ class Int8WeightLinear(QuantisedLinear):
     def __init__(self, form: Int8, tensors: Tensors, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(form, tensors["int8"].shape, bias, dtype)
         self._int8, self._scale = tensors["int8"], tensors["scale"]
+        if self._int8.data_ptr() % 64:  # a mapped file's tensors begin anywhere, and the operator's do not
+            self._int8 = self._int8.clone()
         self._rounded = self._scale.to(dtype)
 
     def tensors(self) -> Tensors:

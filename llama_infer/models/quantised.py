@@ -28,7 +28,14 @@ Model = TypeVar("Model", bound="PreTrainedModel")
 class Format(Protocol):
     """How weights are written in fewer bits."""
 
+    name: str
     keep: tuple[str, ...]
+
+    def settings(self) -> Mapping[str, Any]:
+        """The arguments, as JSON has them, that make this policy again; ``name`` is what it is registered as."""
+
+    def check(self, device: torch.device, dtype: torch.dtype | str) -> None:
+        """Raises UnsupportedError for a device or a dtype that it cannot serve."""
 
     def fits(self, weight: Tensor) -> bool:
         """Whether weights [out, in] of that shape can be written so; the others stay whole."""

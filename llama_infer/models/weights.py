@@ -16,6 +16,7 @@ from .adapters import Adapter, apply_adapter
 from .checks import Checkpoint
 from .gguf import gguf_options, is_gguf, quiet_bar
 from .quantization import plain_layouts, prepare_bitsandbytes
+from .saved import METHOD, load_saved
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,9 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of a checkpoint that passed its checks, in eval mode, with its adapter, after its policy (else the
     automatic one)."""
+    if checkpoint.quantization == METHOD:
+        _refuse_for_saved(source, adapter)
+        return load_saved(checkpoint, dtype, attention, device)
     policy = _policy(source, checkpoint, dtype, device)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     if source.device_map is not None:
@@ -62,6 +66,15 @@ def load_model(
     if hasattr(policy, "convert"):
         model = policy.convert(model)
     return model
+
+
+def _refuse_for_saved(source: Source, adapter: Adapter | None) -> None:
+    if adapter is not None:
+        raise UnsupportedError(
+            f"{source.model} is quantised, and an adapter wants whole weights: quantise both together"
+        )
+    if source.device_map is not None:
+        raise UnsupportedError(f"{source.model} is quantised for the CPU: leave device_map out")
 
 
 def _policy(source: Source, checkpoint: Checkpoint, dtype: torch.dtype | str, device: torch.device) -> Any:
