@@ -57,12 +57,12 @@ def test_a_layer_computes_with_the_weights_it_stands_for(form, rows):
     assert torch.equal(layer.weight, stands_for.bfloat16())
     exact = F.linear(x.double(), stands_for.double(), bias.double())
     rounded_too = getattr(form, "activations", form.batched if isinstance(form, Int4) else False)
-    assert relative(layer(x), exact) < (0.012 if rounded_too else 0.004)
+    assert relative(layer(x), exact) < (0.013 if rounded_too else 0.004)
     assert layer(x).shape == (2, rows, 192) and layer(x).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
-    ("form", "limit"), [(Int8(), 0.012), (Int8(activations=False), 0.009), (Int4(32), 0.08), (Int4(128), 0.1)]
+    ("form", "limit"), [(Int8(), 0.013), (Int8(activations=False), 0.009), (Int4(32), 0.08), (Int4(128), 0.1)]
 )
 def test_error_on_random_layers(form, limit):
     """Normal weights, the hardest of the usual: against nn.Linear's own (uniform) int8 stays within 1 %."""

@@ -92,9 +92,10 @@ class Int8Linear(QuantisedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """float [..., in] -> [..., out]."""
-        numbers = x.float()
-        step = (numbers.abs().amax(-1, keepdim=True) / 127).clamp_min_(torch.finfo(torch.float32).tiny)
-        rounded = (numbers / step).round_().add_(_MIDDLE).to(torch.uint8)
+        largest = x.abs().amax(-1, keepdim=True).float()
+        # Rounded to the dtype of x, so that the result is scaled in that dtype: mixed products are slow. 127 stays 127.
+        step = (largest / 127).clamp_min_(torch.finfo(torch.float32).tiny).to(x.dtype)
+        rounded = x.to(torch.float32, copy=True).div_(step.float()).round_().add_(_MIDDLE).to(torch.uint8)
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
             rounded, 1.0, _MIDDLE, self._packed, self._scale, self._zeros, None, 1.0, 0, x.dtype, "none", [], ""
         )
