@@ -1,16 +1,21 @@
 """The chain and its sampler against transformers' processors, on the same logits in one run.
 
     python benchmarks/sampling.py [--rows 1 64] [--threads 2] [--repeats 7]
+    python benchmarks/sampling.py --share 1b --rows 1 32
 
-Times are the least of the repeats, ours and theirs in turn. The last line is JSON.
+Times are the least of the repeats, ours and theirs in turn. With ``--share``, what part of a decoding step of a random
+model the chain takes under the command line's defaults (medians over the steps). The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,14 +116,53 @@ def measure(kind: str, rows: int, repeats: int) -> list[dict[str, Any]]:
     return lines
 
 
+def share(shape: str, rows: int) -> dict[str, Any]:
+    """The chain's part of a step of ``rows`` rows, the model being run by the engine as it comes."""
+    from models import checkpoint
+
+    from llama_infer import Pipeline, Request
+    from llama_infer.chain import Chain
+    from llama_infer.engine.engine import LocalEngine
+
+    times: dict[str, list[float]] = {"chain": [], "step": []}
+
+    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def measured(*given: Any) -> Any:
+            start = time.perf_counter()
+            result = call(*given)
+            times[name].append(1e3 * (time.perf_counter() - start))
+            return result
+
+        return measured
+
+    folder = checkpoint(shape, "bfloat16", Path(tempfile.gettempdir()) / "llama_infer_benchmarks")
+    pipe = Pipeline(str(folder), stopping=("length",), params={**CASES["command line defaults"], "seed": 0})
+    prompts = torch.randint(1000, (rows, 64), generator=torch.Generator().manual_seed(3)).tolist()
+    plain_chain, plain_step = Chain.__call__, LocalEngine.step
+    try:
+        setattr(Chain, "__call__", timed("chain", plain_chain))  # noqa: B010
+        setattr(LocalEngine, "step", timed("step", plain_step))  # noqa: B010
+        list(pipe.run([Request(tuple(prompt), {"max_new_tokens": 24}) for prompt in prompts]))
+    finally:
+        setattr(Chain, "__call__", plain_chain)  # noqa: B010
+        setattr(LocalEngine, "step", plain_step)  # noqa: B010
+    chain, step = (statistics.median(times[name][3:-1]) for name in ("chain", "step"))
+    print(f"{shape}, {rows} rows: chain {chain:.2f} ms of a step of {step:.1f} ms, {chain / step:.1%}", flush=True)
+    return {"model": shape, "rows": rows, "chain_ms": chain, "step_ms": step, "share": chain / step}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64], help="rows of logits")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--repeats", type=int, default=7, help="the least of so many counts")
+    parser.add_argument("--share", metavar="SHAPE", help="the chain's part of a step of this model: 100m or 1b")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    if options.share:
+        print(json.dumps([share(options.share, rows) for rows in options.rows]))
+        return
     print(f"{'logits':7} {'B':>3} {'case':36} {'ms':>9} {'softmaxes':>9} {'theirs ms':>10} {'ratio':>9}")
     kinds = [(kind, rows) for rows in options.rows for kind in ("peaked", "flat")]
     lines = [line for kind, rows in kinds for line in measure(kind, rows, options.repeats)]

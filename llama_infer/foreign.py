@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _BOUND_TO_A_BATCH = {
     "MinNewTokensLengthLogitsProcessor": "use the parameter min_new_tokens",
-    "ExponentialDecayLengthPenalty": "write a processor that reads batch.length and batch.prompt_length",
-    "SuppressTokensAtBeginLogitsProcessor": "write a processor that reads batch.length and batch.prompt_length",
+    "ExponentialDecayLengthPenalty": "use the parameter exponential_decay_length_penalty",
+    "SuppressTokensAtBeginLogitsProcessor": "use the parameter begin_suppress_tokens",
     "PrefixConstrainedLogitsProcessor": "write a processor that reads batch.tokens",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": "guidance needs a strategy of its own",
 }
@@ -71,13 +71,17 @@ class Objects:
 class TransformersProcessor:
     """Calls a transformers processor with ``input_ids`` [1, n] and scores [1, V] of one row after another.
 
-    Each row has a deep copy of its own, so that a processor with memory keeps requests apart. Costs a call a row and
-    step, and reads the rows' lengths on the host.
+    Each row has a deep copy of its own, so that a processor with memory keeps requests apart. ``note`` says what that
+    costs, and the pipeline's notes repeat it.
     """
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
         self.name = type(processor).__name__
+        self.note = (
+            f"{self.name} is transformers' own: it costs a call a row and step on the whole vocabulary, a copy a "
+            "request, and one more look at the device a step; a processor of this package serves all rows at once"
+        )
         self._column = f"transformers.{self.name}.{id(self)}"
 
     def state(self, batch: Batch) -> Mapping[str, Column]:

@@ -165,7 +165,8 @@ class Pipeline:
         object.__setattr__(self, "_shared", shared)
         object.__setattr__(self, "_layers", layers)
         object.__setattr__(self, "_assembly", built)
-        object.__setattr__(self, "notes", (*shared.loaded.notes, *([plan.note] if plan.note else [])))
+        costs = [part.note for part in parts.processors if hasattr(part, "note")]
+        object.__setattr__(self, "notes", (*shared.loaded.notes, *([plan.note] if plan.note else []), *costs))
         backend = built_backend(self)  # once: to look for entry points takes milliseconds
         object.__setattr__(self, "_backend", backend)
         reasons = backend.unsupported(built)

@@ -308,7 +308,9 @@ def test_transformers_processors_in_the_slot(pipe, reference):
     listed = hf.LogitsProcessorList([hf.NoRepeatNGramLogitsProcessor(2), hf.TopKLogitsWarper(9)])
     for make in (lambda: hf.NoRepeatNGramLogitsProcessor(2), Memory, lambda: listed):
         given = make()
-        answers = pipe.replace(processors=(given, *DEFAULT_PROCESSORS))(prompts, temperature=0)
+        adapted = pipe.replace(processors=(given, *DEFAULT_PROCESSORS))
+        assert f"note: {type(given).__name__} is transformers' own: it costs a call a row" in repr(adapted)
+        answers = adapted(prompts, temperature=0)
         for prompt, answer in zip(prompts, answers, strict=True):
             own = make()
             alike = own if isinstance(own, list) else hf.LogitsProcessorList([own])
