@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -53,11 +54,18 @@ class Answer:
         """Seconds until every row had its first token."""
         return max(row[0] for row in self.times)
 
+    @property
     def decode(self) -> float:
-        """Tokens a second after every row has its first one and until the first row ends."""
+        """Tokens a second while all rows decode: after the last one's first token, before the first one's last."""
         start, end = self.first, min(row[-1] for row in self.times)
         count = sum(start < t <= end for row in self.times for t in row)
-        return count / (end - start) if end > start else 0.0
+        return count / (end - start) if end > start else math.nan
+
+    @property
+    def held(self) -> float:
+        """Tokens of a row's answer that were there in the middle of that time, on average."""
+        middle = (self.first + min(row[-1] for row in self.times)) / 2
+        return sum(t <= middle for row in self.times for t in row) / len(self.times)
 
 
 class Contender:

@@ -56,7 +56,7 @@ def measure(
 
         def turn(contender: Contender, repeat: int, rows: int = rows) -> float:
             jobs = equal(rows, PROMPT, 5 if session.quick else NEW, session.vocab_size, f"{rows} {repeat}")
-            return contender.generate(jobs, together=True).decode()
+            return contender.generate(jobs, together=True).decode
 
         for contender in found.values():
             turn(contender, -1)
