@@ -77,6 +77,10 @@ class Session:
             before = self.look()
             for name, contender in found.items():
                 results[name].append(measure(contender, repeat))
+                print(
+                    f"  {name}: {results[name][-1]:.4g}" if isinstance(results[name][-1], float) else f"  {name}",
+                    flush=True,
+                )
                 after = self.look()
                 self.turns[name].append(before.best(after))
                 before = after

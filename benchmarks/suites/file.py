@@ -22,9 +22,7 @@ def run(session: Session) -> None:
         return w1(count, session.vocab_size, seed=options.seed, repeat=repeat, **short)
 
     def turn(contender: Contender, repeat: int) -> float:
-        seconds = contender.generate(jobs(repeat)).seconds
-        print(f"  {contender.name}: {seconds:.1f} s", flush=True)
-        return seconds
+        return contender.generate(jobs(repeat)).seconds
 
     with session.contenders([session.ours, *peers], rows=options.batch_size, context=512) as found:
         for contender in found.values():
