@@ -84,7 +84,12 @@ class Contender:
 
     def call(self, op: str, **arguments: Any) -> Any:
         """Calls the engine's method. Raises PeerError when it fails."""
-        return self._call(op, **arguments)
+        try:
+            return self._call(op, **arguments)
+        except PeerError:
+            raise
+        except Exception as error:  # of an engine in this process
+            raise PeerError(f"{self.name} cannot {op}: {type(error).__name__}: {error}") from error
 
     def generate(self, jobs: Sequence[Job], together: bool = False) -> Answer:
         """Decodes the jobs. Raises PeerError when not as many tokens came back as were asked for."""

@@ -38,7 +38,8 @@ def _quick(main: Any, cache: Path, capsys: pytest.CaptureFixture[str], *argument
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert isinstance(report, dict)
     assert code == 0 and report["agreement"] is True
-    assert report["read_gb_s"] > 0 and report["tflop_s"] > 0 and not report["missing"]
+    assert report["read_gb_s"] > 0 and report["tflop_s"] > 0
+    assert set(report["missing"]) <= {"llama_infer:int4"}  # which is for bfloat16
     return report
 
 
