@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import write_checkpoint
+from checkpoints import edit_json, write_checkpoint
 
 from llama_infer.errors import MissingDependencyError, ParameterError
 from llama_infer.models.loaders import AutoLoader
@@ -49,21 +50,23 @@ def test_int8_without_threshold_does_not_look_at_neighbours(folder):
     assert model.config.quantization_config.llm_int8_threshold == 0
 
 
-@pytest.mark.parametrize("hidden_size", [128, 96, 48])  # the AVX-512 layout holds the first only
-def test_nf4_is_the_arithmetic_of_its_dequantised_weights(tmp_path, hidden_size):
+@pytest.mark.parametrize(
+    ("hidden_size", "kind"), [(128, "nf4"), (96, "nf4"), (48, "nf4"), (96, "fp4")]
+)  # the AVX-512 layout holds the first only
+def test_4_bits_are_the_arithmetic_of_their_dequantised_weights(tmp_path, hidden_size, kind):
     import bitsandbytes
 
     write_checkpoint(tmp_path, hidden_size=hidden_size, dtype="bfloat16")
-    quantised, model = logits(tmp_path, "bnb-nf4")
+    quantised, model = logits(tmp_path, f"bnb-{kind}")
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     config = model.config.quantization_config
-    assert config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
+    assert config.bnb_4bit_quant_type == kind and config.bnb_4bit_use_double_quant
     assert config.bnb_4bit_compute_dtype == torch.bfloat16
     whole, reference = logits(tmp_path, "none")
     for name, module in reference.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             packed, state = bitsandbytes.functional.quantize_4bit(
-                module.weight.data, quant_type="nf4", compress_statistics=True
+                module.weight.data, quant_type=kind, compress_statistics=True
             )
             module.weight.data = bitsandbytes.functional.dequantize_4bit(packed, state).to(torch.bfloat16)
     dequantised = reference(IDS).logits.double()
@@ -84,6 +87,21 @@ def test_missing_bitsandbytes_names_the_pip_line(monkeypatch, policy):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(MissingDependencyError, match="pip install 'bitsandbytes"):
         policy().options(Source("demo"))
+
+
+@pytest.mark.parametrize(
+    ("method", "packages"),
+    [("gptq", "optimum gptqmodel"), ("awq", "gptqmodel"), ("compressed-tensors", "compressed-tensors")],
+)
+def test_a_quantised_checkpoint_names_what_reads_it(tmp_path, monkeypatch, method, packages):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name[:4] in ("gptq", "opti", "comp") else found(name)
+    )
+    write_checkpoint(tmp_path)
+    edit_json(tmp_path / "config.json", quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(MissingDependencyError, match=f"{method} needs: pip install {packages}$"):
+        logits(tmp_path, None)
 
 
 @pytest.mark.parametrize("threshold", [-1.0, float("nan")])

@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from ..parts import Source
 
 
+_READERS = {
+    "gptq": ("optimum", "gptqmodel"),
+    "awq": ("gptqmodel",),
+    "compressed-tensors": ("compressed-tensors",),
+    "torchao": ("torchao",),
+}
+"""Packages that transformers reads quantised checkpoints with."""
+
+
 class Unchanged:
     """``"none"``: the layers as transformers loads them, without the packing that is the default on x86 processors."""
 
@@ -106,6 +115,13 @@ def prepare_bitsandbytes() -> None:
     noisy = logging.getLogger("bitsandbytes.autograd._functions")
     if _about_casts not in noisy.filters:
         noisy.addFilter(_about_casts)
+
+
+def need_reader(method: str) -> None:
+    """Raise MissingDependencyError when transformers needs packages for checkpoints quantised so that are not here."""
+    missing = [name for name in _READERS.get(method, ()) if importlib.util.find_spec(name.replace("-", "_")) is None]
+    if missing:
+        raise MissingDependencyError(f"a checkpoint quantised by {method} needs: pip install {' '.join(missing)}")
 
 
 def plain_layouts(model: PreTrainedModel) -> None:

@@ -15,7 +15,7 @@ from ..registry import resolve
 from .adapters import Adapter, apply_adapter
 from .checks import Checkpoint
 from .gguf import gguf_options, is_gguf, quiet_bar
-from .quantization import plain_layouts, prepare_bitsandbytes
+from .quantization import need_reader, plain_layouts, prepare_bitsandbytes
 from .saved import METHOD, load_saved
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ def load_model(
     if checkpoint.quantization == METHOD:
         _refuse_for_saved(source, adapter)
         return load_saved(checkpoint, dtype, attention, device)
+    if checkpoint.quantization:
+        need_reader(checkpoint.quantization)
     policy = _policy(source, checkpoint, dtype, device)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     if source.device_map is not None:
