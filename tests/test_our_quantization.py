@@ -59,6 +59,7 @@ def test_a_layer_computes_with_the_weights_it_stands_for(form, rows):
     rounded_too = getattr(form, "activations", form.batched if isinstance(form, Int4) else False)
     assert relative(layer(x), exact) < (0.013 if rounded_too else 0.004)
     assert layer(x).shape == (2, rows, 192) and layer(x).dtype == torch.bfloat16
+    assert torch.equal(layer(x[:, -1:]), layer(x[:, -1:].contiguous()))  # as ``logits_to_keep`` slices it
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ class Int4Linear(QuantisedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """bfloat16 [..., in] -> [..., out]."""
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, self.in_features).contiguous()
         if self._many is not None and len(rows) > _FEW:
             many: Tensor = self._many(x)
             return many

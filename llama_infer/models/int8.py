@@ -119,7 +119,7 @@ class Int8WeightLinear(QuantisedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """float [..., in] -> [..., out]."""
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, self.in_features).contiguous()
         y = torch._weight_int8pack_mm(rows, self._int8, self._rounded).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
