@@ -192,7 +192,7 @@ def test_memory_peaks_at_the_result_while_loading(tmp_path):
     write_checkpoint(tmp_path, dtype="bfloat16", tokenizer=False, tie_word_embeddings=True, **sizes)
     root = str(Path(__file__).resolve().parent.parent)
     code = f"""
-import sys; sys.path.insert(0, {root!r})
+import ctypes, gc, sys; sys.path.insert(0, {root!r})
 import torch
 from llama_infer.models.int4 import Int4
 from llama_infer.models.loaders import AutoLoader
@@ -204,6 +204,7 @@ def load(policy):
     return AutoLoader()(Source({str(tmp_path)!r}, device="cpu", quantization=policy)).model
 load("none")
 for policy in "packed", "int8", Int4(128):
+    gc.collect(), ctypes.CDLL(None).malloc_trim(0)  # what the last one left must not serve the next one
     open("/proc/self/clear_refs", "w").write("5")  # the peak counts from now
     before = memory("VmRSS")
     model = load(policy)
