@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,10 +70,15 @@ def assemble(
     size: int,
 ) -> tuple[Assembly, MemoryPlan]:
     """Binds the parts to the loaded model, and sees how many rows there is memory for."""
+    from .models import parallel
     from .models.memory import plan_batch
 
     loaded = shared.loaded
     plan = plan_batch(loaded.model, size, loaded.context_length)
+    deal_seed = partial(secrets.randbits, 53)
+    if parallel.is_split(loaded):
+        plan, deal_seed = parallel.agree(loaded, plan), partial(parallel.deal_seed, loaded)
+        declared = parallel.without_clocks(declared, defaults)
     remembered = int(min(pipeline.prefix_cache, plan.tokens / 4))
     vocab_size = int(loaded.model.config.get_text_config().vocab_size)
     context = Context(loaded.tokenizer, vocab_size, loaded.end_token_ids, loaded.context_length, loaded.device)
@@ -96,6 +103,7 @@ def assemble(
         detokenizer=shared.detokenizer,
         batch_size=plan.batch_size,
         cache_tokens=plan.tokens,
+        deal_seed=deal_seed,
         lock=shared.lock,
         observers=tuple(pipeline.observers),
         prefixes=PrefixCache(remembered) if remembered and hasattr(cache, "paste") else None,
@@ -133,6 +141,7 @@ def _source(pipeline: Pipeline) -> Source:
         dtype=None if pipeline.dtype is None else str(pipeline.dtype).removeprefix("torch."),
         device=None if pipeline.device is None else str(pipeline.device),
         device_map=pipeline.device_map,
+        tp_plan=pipeline.tp_plan,
         attention=pipeline.attention,
         quantization=pipeline.quantization,
         adapter=None if pipeline.adapter is None else os.fspath(pipeline.adapter),
@@ -153,7 +162,7 @@ def _from_model(pipeline: Pipeline) -> LoadedModel:
     """A transformers model that the caller brought."""
     from .models.describe import describe
 
-    set_elsewhere = ("dtype", "device", "device_map", "quantization", "revision", "adapter")
+    set_elsewhere = ("dtype", "device", "device_map", "quantization", "revision", "adapter", "tp_plan")
     given = [name for name in set_elsewhere if getattr(pipeline, name) is not None]
     if given:
         raise UnsupportedError(f"{', '.join(given)}: set on a model that is loaded already; load it that way yourself")

@@ -256,6 +256,7 @@ class Source:
     dtype: str | None = None
     device: str | None = None
     device_map: str | Mapping[str, Any] | None = None
+    tp_plan: str | None = None
     attention: str | None = None
     quantization: Any = None
     adapter: str | None = None

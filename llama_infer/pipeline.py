@@ -86,6 +86,7 @@ class Pipeline:
         dtype: "bfloat16", "float16", "float32" or "auto"; by default what is fast on the device.
         device: "cuda", "mps" or "cpu"; by default the first of them that is there.
         device_map: as in transformers, in place of ``device``.
+        tp_plan: "auto" splits the layers over the processes that torchrun started; all must ask for the same.
         attention: "sdpa" (default), "eager" or "flash_attention_2". On a CPU with a C++ compiler "sdpa" decodes with a
             kernel of ours, compiled at first use, unless the environment says ``LLAMA_INFER_NATIVE=0``.
         quantization: a policy, such as "bnb-int8"; by default "packed" where it exists; "none" leaves the layers alone.
@@ -114,6 +115,7 @@ class Pipeline:
     dtype: Any = None
     device: Any = None
     device_map: Any = None
+    tp_plan: str | None = None
     attention: str | None = None
     quantization: Any = None
     adapter: Any = None

@@ -17,7 +17,10 @@ import pytest
 from llama_infer import registry
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SCRIPTS = ("quickstart", "custom_sampler", "custom_processor", "custom_stopping", "custom_quantization", "sweep")
+SCRIPTS = (
+    "quickstart", "custom_sampler", "custom_processor", "custom_stopping", "custom_quantization", "sweep",
+    "tensor_parallel",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

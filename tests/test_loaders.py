@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import shutil
@@ -13,9 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkpoints import edit_header, edit_json, write_checkpoint
+from oracles import greedy
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from llama_infer import Pipeline
 from llama_infer.errors import LoadingError, MissingDependencyError, ParameterError, UnsupportedError
 from llama_infer.models import devices, loaders, locate
 from llama_infer.models.loaders import AutoLoader
@@ -164,6 +167,39 @@ def test_device_and_device_map(whole):
     assert load(whole, device_map={"": "cpu"}).device == torch.device("cpu")
     with pytest.raises(UnsupportedError, match="device_map"):
         load(whole, device="cpu", device_map="auto")
+
+
+@pytest.mark.parametrize("place", [{"": "disk"}, {"model": "cpu", "lm_head": "disk"}])
+def test_layers_on_the_disk(whole, place, capfd):
+    """Rows in one packed forward, through layers that accelerate fetches: the tokens are those of the whole model."""
+    capfd.readouterr()
+    pipe = Pipeline(str(whole), device_map=place, dtype="float32", formatter="plain")
+    assert "".join(capfd.readouterr()) == ""
+    assert any(parameter.device.type == "meta" for parameter in pipe.loaded.model.parameters())
+    assert pipe.loaded.device.type == "cpu" and "on the disk" in pipe.loaded.notes[-1]
+    prompts = [[256, 72, 105], list(range(40, 70))]
+    for prompt, answer in zip(prompts, pipe(prompts, temperature=0, max_new_tokens=6), strict=True):
+        assert answer.token_ids == greedy(tiny_llama(), prompt, 6, eos_token_id=[257, 260])
+
+
+def test_a_bar_on_a_terminal(whole, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for terminal in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", terminal)
+        load(whole)
+        assert ("Loading weights" in terminal.getvalue()) is terminal.isatty()
+
+
+def test_only_local_files(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("socket.socket.connect", lambda *ignored: pytest.fail("somebody was asked"))
+    with pytest.raises(LoadingError, match="nobody/nothing.*hub cannot be reached"):
+        load("nobody/nothing", local_files_only=True)
 
 
 def test_attention_kernels(whole, monkeypatch):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ class Assembly:
         encode: a prompt to token ids.
         declared: every parameter; defaults: its value where a request says nothing.
         cache: makes an empty cache for the model.
+        deal_seed: makes the seed of a request that brings none.
         lock: held during a step, so that engines in several threads take turns on one model.
         batch_size: rows decoded at once; cache_tokens: rows times tokens that there is memory for.
         prefixes: what the pipeline's engines share of earlier prompts; None: nothing.
@@ -57,6 +60,7 @@ class Assembly:
     observers: Sequence[Callable[[Event], None]] = ()
     prefixes: PrefixCache | None = None
     cache_tokens: float = math.inf
+    deal_seed: Callable[[], int] = partial(secrets.randbits, 53)
 
 
 class LocalEngine:

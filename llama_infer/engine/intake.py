@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ def make_task(assembly: Assembly, request: Request, number: int) -> Task:
     _check_parts(assembly, given, params)
     prompt = tuple(assembly.encode(request.prompt))
     _check_prompt(assembly, prompt, params)
-    seed = params["seed"] if params["seed"] is not None else secrets.randbits(53)
+    seed = params["seed"] if params["seed"] is not None else assembly.deal_seed()
     request = replace(request, id=request.id or f"#{number}")
     return Task(request, number, params, prompt, seed, assembly.strategy.width(params))
 

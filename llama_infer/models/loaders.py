@@ -83,7 +83,7 @@ class AutoLoader:
         attention = _pick_attention(source.attention, device, dtype)
         generation = read_generation(checkpoint.folder)
         tokenizer = _tokenizer_of(source, checkpoint, adapter)
-        if source.device_map is None:
+        if source.device_map is None and source.tp_plan is None:
             check_fits(checkpoint, dtype, device, whole=source.quantization in (None, "none", "packed"))
         model = load_model(source, checkpoint, dtype, attention, device, adapter)
         return LoadedModel(
@@ -95,8 +95,13 @@ class AutoLoader:
             device=_entry_device(model),
             attention=model.config._attn_implementation,
             source=source,
-            notes=notes,
+            notes=(*notes, *_offloaded(model)),
         )
+
+
+def _offloaded(model: PreTrainedModel) -> tuple[str, ...]:
+    count = sum(parameter.device.type == "meta" for parameter in model.parameters())
+    return (f"{count} tensors stay on the disk or the CPU and are fetched in every step",) if count else ()
 
 
 def examine(source: Source) -> Checkpoint:

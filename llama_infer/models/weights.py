@@ -15,6 +15,7 @@ from ..registry import resolve
 from .adapters import Adapter, apply_adapter
 from .checks import Checkpoint
 from .gguf import gguf_options, is_gguf, quiet_bar
+from .parallel import split
 from .quantization import need_reader, plain_layouts, prepare_bitsandbytes
 from .saved import METHOD, load_saved
 
@@ -40,7 +41,9 @@ def load_model(
         need_reader(checkpoint.quantization)
     policy = _policy(source, checkpoint, dtype, device)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
-    if source.device_map is not None:
+    if source.tp_plan is not None:
+        options["distributed_config"] = split(source)
+    elif source.device_map is not None:
         options["device_map"] = source.device_map
     elif device.type != "cpu" or hasattr(policy, "options") or checkpoint.quantization:
         # Straight onto the device. On the CPU that is the default, except for quantisers, which take a GPU they see.
@@ -84,7 +87,7 @@ def _policy(source: Source, checkpoint: Checkpoint, dtype: torch.dtype | str, de
     if source.quantization is None:
         from .packed import Packed, refusal
 
-        whole = source.device_map is None and not checkpoint.quantization
+        whole = source.device_map is None and source.tp_plan is None and not checkpoint.quantization
         return Packed() if whole and refusal(device, dtype) is None else None
     policy = resolve("quantization", source.quantization)
     if hasattr(policy, "check"):
@@ -155,12 +158,16 @@ def quiet() -> Iterator[None]:
     logging: Any = importlib.import_module("transformers.utils.logging")
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(max(verbosity, logging.ERROR))
+    dispatch = logging.logging.getLogger("accelerate.big_modeling")
+    level = dispatch.level
+    dispatch.setLevel(logging.ERROR)
     if bars and not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        dispatch.setLevel(level)
         if bars:
             logging.enable_progress_bar()
 
