@@ -187,6 +187,12 @@ def test_code_named_by_an_adapter(base, adapter, field):
     assert field in refusal(base, adapter, UnsafeCheckpointError)
 
 
+def test_code_named_by_the_tokenizer_of_an_adapter(base, adapter):
+    byte_tokenizer().save_pretrained(adapter)
+    edit_json(adapter / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})
+    assert "auto_map" in refusal(base, adapter, UnsafeCheckpointError)
+
+
 def test_damaged_and_foreign_adapters(base, adapter, tmp_path):
     path = adapter / "adapter_model.safetensors"
     whole = path.read_bytes()

@@ -101,6 +101,10 @@ def test_every_option_of_the_original_script() -> None:
     assert pipe.options["quantization"] == "bnb-nf4"
     assert pipe.options["device"] == "cpu" and "device_map" not in pipe.options
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert pipe.options["adapter"] is None and pipe.options["merge_adapter"] is True
+    pipe = run("--adapter", "a_b", "--no_merge_adapter", "--local_files_only")
+    assert pipe.options["adapter"] == "a_b"
+    assert pipe.options["merge_adapter"] is False and pipe.options["local_files_only"] is True
 
 
 @pytest.mark.parametrize("dash", ["-", "_"])

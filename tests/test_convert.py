@@ -193,6 +193,12 @@ def test_damaged_and_foreign_sources(tmp_path):
     refused("vision_model.x.weight")
 
 
+def test_loading_metas_layout_says_what_to_do(tmp_path):
+    source = write_meta(tmp_path / "meta", tiny_llama())
+    with pytest.raises(LoadingError, match=f"llama-infer convert {source}"):
+        Pipeline(str(source))
+
+
 def test_what_exists_is_left_alone(tmp_path):
     source = write_meta(tmp_path / "meta", tiny_llama())
     old = tmp_path / "old"

@@ -81,8 +81,11 @@ def check_config(folder: Path, trust_remote_code: bool = False) -> dict[str, Any
     if not folder.is_dir():
         raise LoadingError(f"there is no folder {folder}: check the path, or give a hub id such as 'org/name'")
     if not (folder / CONFIG).is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        hint = "it holds an adapter: load its base model with adapter=" if adapter else "is it a checkpoint?"
+        hint = "is it a checkpoint?"
+        if (folder / "adapter_config.json").is_file():
+            hint = "it holds an adapter: load its base model with adapter="
+        elif (folder / "params.json").is_file():
+            hint = f"it is in Meta's layout: llama-infer convert {folder} NEW_FOLDER"
         raise LoadingError(f"{folder} has no {CONFIG}; {hint}")
     config = read_json(folder / CONFIG)
     if (folder / "adapter_config.json").is_file():
