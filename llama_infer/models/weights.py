@@ -17,7 +17,6 @@ from .checks import Checkpoint
 from .gguf import gguf_options, is_gguf, quiet_bar
 from .parallel import split
 from .quantization import need_reader, plain_layouts, prepare_bitsandbytes
-from .saved import METHOD, load_saved
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +33,9 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of a checkpoint that passed its checks, in eval mode, with its adapter, after its policy (else the
     automatic one)."""
-    if checkpoint.quantization == METHOD:
+    if checkpoint.quantization == "llama_infer":
+        from .saved import load_saved  # which imports torch; what is refused needs none
+
         _refuse_for_saved(source, adapter)
         return load_saved(checkpoint, dtype, attention, device)
     if checkpoint.quantization:
@@ -78,8 +79,9 @@ def _refuse_for_saved(source: Source, adapter: Adapter | None) -> None:
         raise UnsupportedError(
             f"{source.model} is quantised, and an adapter wants whole weights: quantise both together"
         )
-    if source.device_map is not None:
-        raise UnsupportedError(f"{source.model} is quantised for the CPU: leave device_map out")
+    if source.device_map is not None or source.tp_plan is not None:
+        given = "device_map" if source.tp_plan is None else "tp_plan"
+        raise UnsupportedError(f"{source.model} is quantised for the CPU: leave {given} out")
 
 
 def _policy(source: Source, checkpoint: Checkpoint, dtype: torch.dtype | str, device: torch.device) -> Any:
