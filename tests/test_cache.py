@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracles import completions, drain, open_engine, random_prompts, requests, tokens_of
 
@@ -55,6 +55,7 @@ commands = st.lists(
 @pytest.mark.parametrize("kind", [SlotCache, Int8SlotCache])
 @settings(deadline=None, max_examples=60)
 @given(commands)
+@example([("extend", 2, 0), ("feed", [1, 0, 0, 0, 0, 0, 0, 0]), ("extend", 1, 0), ("select", [2, 0])])
 def test_rows_keep_what_is_theirs(kind, given_commands):
     """Whatever joins, leaves, moves, forks, takes over from others and grows: every row has its own past."""
     cache, draw = bound(kind), torch.Generator().manual_seed(1)

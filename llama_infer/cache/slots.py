@@ -72,15 +72,15 @@ class SlotCache:
         }
 
     def select(self, index: Sequence[int]) -> None:
-        """Row i becomes what row ``index[i]`` was. Only rows that change place are copied; without rows, no memory is
-        held."""
+        """Row i becomes what row ``index[i]`` was. Only rows that change place and hold something are copied: one that
+        joined just now may have no slot yet. Without rows, no memory is held."""
         before, self.lengths = self.lengths, [self.lengths[row] for row in index]
         if not index:
             self._room = 0
             for layer in self._layers:
                 layer.reset()
             return
-        moved = [row for row, source in enumerate(index) if row != source]
+        moved = [row for row, source in enumerate(index) if row != source and before[source]]
         width = max((self.lengths[row] for row in moved), default=0)
         if width:
             self._make_room(len(index), width)
