@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..layout import Layout, Piece, Span
-from . import kernels, native
+from . import kernels
 from .kernels import Kernel
+from .native import attention as native
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,0 +1,58 @@
+"""Attention of single new tokens on the CPU.
+
+torch's fused kernel pads rows of unequal length, and with one query a row it reads keys and values at a fraction of the
+memory's speed. This one does neither.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...layout import Layout
+from .build import library
+
+_TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_DIMS = (8, 16, 32, 64, 96, 128, 256)
+
+
+def kernel(query: Tensor, key: Tensor, value: Tensor) -> Callable[..., None] | None:
+    """The kernel for keys and values [rows, kv heads, width, d] as they lie in the cache; None where there is none."""
+    dim = key.shape[3]
+    if not key.is_cpu or key.dtype not in _TYPES or dim not in _DIMS or {query.dtype, value.dtype} != {key.dtype}:
+        return None
+    if key.shape != value.shape or key.stride() != value.stride() or key.stride()[2:] != (dim, 1):
+        return None
+    kernels = library("attention")
+    return None if kernels is None else getattr(kernels, f"{_TYPES[key.dtype]}_{dim}")
+
+
+def attend(
+    run: Callable[..., None],
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    layout: Layout,
+    window: int | None,
+    scaling: float | None,
+) -> None:
+    """Fills ``out`` [N, heads, d] for the rows that feed one token, from q [N, heads, d]."""
+    where = layout.singles
+    if where is None:
+        return
+    q = q.contiguous()
+    heads, dim = key.shape[1], key.shape[3]
+    run(
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (q, key, value, out, where)),
+        ctypes.c_int64(where.shape[1]),
+        ctypes.c_int64(heads),
+        ctypes.c_int64(q.shape[1] // heads),
+        ctypes.c_int64(key.stride(0)),
+        ctypes.c_int64(key.stride(1)),
+        ctypes.c_int64(layout.width if window is None else window),
+        ctypes.c_float(dim**-0.5 if scaling is None else scaling),
+    )

@@ -1,0 +1,80 @@
+"""Compiles our C++ at first use, where the machine has a compiler; without one torch's operators serve.
+
+Each ``.cpp`` beside this file is compiled once on a machine, for its processor, in a second or two, and kept in the
+user's cache folder. Without a compiler or a folder of one's own, or with ``LLAMA_INFER_NATIVE=0``, there are no kernels
+of ours.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("llama_infer")
+
+# Sums may be reordered, which makes vectors of them; NaN and infinity keep their meaning. OpenMP is torch's: a second
+# one would compete with it, so none is linked.
+_COMPILE = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC"]
+_COMPILE += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
+
+
+@functools.cache
+def library(name: str) -> Any:
+    """The compiled kernels of ``name``.cpp; None where they cannot be had."""
+    if os.environ.get("LLAMA_INFER_NATIVE") == "0" or os.name != "posix":
+        return None
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    folder = _folder()
+    if compiler is None or folder is None:
+        return None
+    source = Path(__file__).with_name(f"{name}.cpp")
+    key = "\0".join([source.read_text(encoding="utf-8"), *_COMPILE, compiler, torch.__version__, _processor()])
+    built = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
+    try:
+        if not built.exists():
+            _build(compiler, source, built)
+        return ctypes.CDLL(str(built))
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.info("no %s kernels of our own, torch's operators serve: %s", name, error)
+        return None
+
+
+def _build(compiler: str, source: Path, built: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+        compiled, linked = f"{folder}/{source.stem}.o", f"{folder}/{source.stem}.so"
+        for command in ([*_COMPILE, "-c", str(source), "-o", compiled], ["-shared", compiled, "-o", linked]):
+            subprocess.run([compiler, *command], check=True, capture_output=True, timeout=60)
+        os.replace(linked, built)
+
+
+def _folder() -> Path | None:
+    """A folder that nobody else can write to; None when there is none: what lies there is run."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_infer"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except (OSError, RuntimeError):
+        return None
+    shared = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return None if shared or found.st_uid != os.getuid() or not os.access(folder, os.W_OK) else folder
+
+
+def _processor() -> str:
+    """What the code is compiled for: a home may be shared by machines."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next((line for line in file if line.startswith(("flags", "Features"))), platform.processor())
+    except OSError:
+        return platform.processor() + platform.machine()
