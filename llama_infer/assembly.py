@@ -22,6 +22,8 @@ from .parts import Context, LoadedModel, Param, Source
 from .types import Prompt, Value
 
 if TYPE_CHECKING:
+    import torch
+
     from .models.memory import MemoryPlan
     from .pipeline import Pipeline
 
@@ -103,12 +105,17 @@ def assemble(
         detokenizer=shared.detokenizer,
         batch_size=plan.batch_size,
         cache_tokens=plan.tokens,
+        runs_ahead=_works_beside_the_host(loaded.device),
         deal_seed=deal_seed,
         lock=shared.lock,
         observers=tuple(pipeline.observers),
         prefixes=PrefixCache(remembered) if remembered and hasattr(cache, "paste") else None,
     )
     return assembly, plan
+
+
+def _works_beside_the_host(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _bound(part: Any, context: Context) -> Any:

@@ -227,7 +227,12 @@ class StoppingCriterion(Protocol):
 
 
 class Strategy(Protocol):
-    """Turns logits into the next :class:`~llama_infer.batch.Plan`. It never moves rows itself."""
+    """Turns logits into the next :class:`~llama_infer.batch.Plan`. It never moves rows itself.
+
+    On a GPU a step is launched before the host has read the one before it, where the strategy has
+    ``forks(sequence) -> bool``, whether a sequence's row may become another row, or several, in the next step, and says
+    that none does. Without that method every step is read first.
+    """
 
     def width(self, params: Mapping[str, Value]) -> int:
         """How many rows a request may hold at once."""

@@ -23,7 +23,7 @@ from .detokenize import Detokenizer
 from .intake import make_task
 from .memory import give_back, is_out_of_memory, keep_freed_memory
 from .prefix import PrefixCache, Prefixes
-from .readout import Readout, failure, read
+from .readout import Reading, Readout, failure, read
 from .runner import Runner
 from .scheduler import Scheduler
 from .sequence import LiveSequence, own_criteria
@@ -43,6 +43,8 @@ class Assembly:
         lock: held during a step, so that engines in several threads take turns on one model.
         batch_size: rows decoded at once; cache_tokens: rows times tokens that there is memory for.
         prefixes: what the pipeline's engines share of earlier prompts; None: nothing.
+        runs_ahead: whether a step is launched before the host has read the one before it, so that the device does not
+            wait for the host; pays where the two work side by side.
     """
 
     loaded: LoadedModel
@@ -60,7 +62,16 @@ class Assembly:
     observers: Sequence[Callable[[Event], None]] = ()
     prefixes: PrefixCache | None = None
     cache_tokens: float = math.inf
+    runs_ahead: bool = False
     deal_seed: Callable[[], int] = partial(secrets.randbits, 53)
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A step that the host has yet to read, and the rows that it is about."""
+
+    rows: Sequence[LiveSequence]
+    reading: Reading
 
 
 class LocalEngine:
@@ -77,6 +88,7 @@ class LocalEngine:
         self._batch: Batch | None = None
         self._rows: list[LiveSequence] = []
         self._events: list[Event] = []
+        self._launched: list[_Launched] = []
         self._ids: set[str] = set()  # of what waits or runs: asked at every add
         self._added = 0
 
@@ -134,7 +146,7 @@ class LocalEngine:
 
     def close(self) -> None:
         """Forgets everything; nothing more comes."""
-        self._rows, self._batch, self._events = [], None, []
+        self._rows, self._batch, self._events, self._launched = [], None, [], []
         self._scheduler.clear()
         self._ids.clear()
         self._cache = self._a.cache()
@@ -178,33 +190,55 @@ class LocalEngine:
     def _decode(self) -> list[Event]:
         """One forward and what comes of it; where memory runs out, again with fewer rows. Until the forward and the
         choice are through, nothing but the cache has changed."""
-        events: list[Event] = []
-        while self._rows:
+        ahead = self._may_run_ahead()
+        events = [] if ahead else self._read(0)
+        while self._rows and not all(map(self._ends_unread, self._rows)):
             try:
-                step = self._forward()
+                self._launch(ahead)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 what = str(error)
             else:
-                return events + (self._settle(step) if step is not None else [])
+                return events + self._read(1 if ahead else 0)
+            events += self._read(0)
             events += self._shrink(what)  # out here: the error's traceback holds tensors
-        return events
+        return events + self._read(0)
 
-    def _forward(self) -> Readout | None:
-        """What each row says next; None when no row has been fed to its end."""
+    def _may_run_ahead(self) -> bool:
+        """Whether the next step can be launched before the last one is read, because it cannot move rows."""
+        forks = getattr(self._a.strategy, "forks", None)
+        return self._a.runs_ahead and forks is not None and not any(map(forks, self._rows))
+
+    def _ends_unread(self, sequence: LiveSequence) -> bool:
+        """Whether a token that the host has not read is the last one that there is room for."""
+        limit = sequence.params.get("max_new_tokens")
+        full = limit is not None and len(sequence.token_ids) + sequence.ahead >= int(limit)
+        return sequence.ahead > 0 and (full or sequence.known >= self._a.loaded.context_length)
+
+    def _launch(self, ahead: bool) -> None:
+        """Has each row say its next token; nothing when no row is fed to its end."""
         self._prefixes.keep_prompts(self._rows, self._cache)
         waiting = self._prefixes.reuse(self._rows, self._cache)
         spans = self._scheduler.spans(self._rows, self._cache.lengths, waiting)
         output = self._runner.forward(self._table, self._cache, Layout(tuple(spans), self._a.loaded.device))
         if not any(span.ready for span in spans):
-            return None
+            return
         plan = self._a.strategy.step(output, self._table, self._a.chain)
-        _check_plan(plan, self._table, self._a.strategy)
+        _check_plan(plan, self._table, self._a.strategy, ahead)
         table = self._table.advance(plan)
-        step = read(plan, output, len(spans), table)
+        self._launched.append(_Launched(tuple(self._rows), read(plan, output, len(spans), table)))
         self._batch = table
-        return step
+        for sequence, span in zip(self._rows, spans, strict=True):
+            sequence.ahead += span.ready
+
+    def _read(self, behind: int) -> list[Event]:
+        """Settles launched steps until ``behind`` are left."""
+        events: list[Event] = []
+        while len(self._launched) > behind:
+            launched = self._launched.pop(0)
+            events += self._settle(launched.rows, launched.reading.wait())
+        return events
 
     def _shrink(self, what: str) -> list[Event]:
         """Makes room: the later requests wait again, the others' keys and values are computed anew."""
@@ -253,22 +287,27 @@ class LocalEngine:
     def _pick(self, rows: Sequence[int]) -> Batch:
         return self._table.select(torch.tensor(rows, device=self._table.device))
 
-    def _settle(self, step: Readout) -> list[Event]:
-        """Detokenise, ask the criteria, emit, drop."""
+    def _settle(self, rows: Sequence[LiveSequence], step: Readout) -> list[Event]:
+        """Detokenise, ask the criteria, emit, drop. ``rows`` are the step's; they may have moved or left since."""
         if step.parents is not None:
             self._fork(step.parents)
+            rows = self._rows
+        place = {id(sequence): row for row, sequence in enumerate(self._rows)}
         events: list[Event] = []
-        done, failed = [], []
-        for row, sequence in enumerate(self._rows):
-            sequence.branch = step.branches[row]
-            token, logprob = step.tokens[row], step.logprobs[row]
-            if token == NOTHING:
+        done: list[int] = []
+        failed: list[int] = []
+        for at, sequence in enumerate(rows):
+            token, logprob = step.tokens[at], step.logprobs[at]
+            if token == NOTHING or sequence.finish_reason is not None:
                 continue
-            if token < 0 or math.isnan(logprob) or step.totals[row] == math.inf:
+            row = place[id(sequence)]
+            sequence.branch = step.branches[at]
+            sequence.ahead -= 1
+            if token < 0 or math.isnan(logprob) or step.totals[at] == math.inf:
                 failed.append(row)
-                events.append(sequence.finish("error", error=failure(self._a, sequence, token, step.totals[row])))
+                events.append(sequence.finish("error", error=failure(self._a, sequence, token, step.totals[at])))
             else:
-                top = tuple(step.top[row][: sequence.params["logprobs"]]) if step.top else ()
+                top = tuple(step.top[at][: sequence.params["logprobs"]]) if step.top else ()
                 events.append(sequence.append(token, logprob, top))
                 if sequence.finish_reason is not None:
                     self._prefixes.keep(row, sequence, self._cache)
@@ -308,7 +347,7 @@ class LocalEngine:
         if table is not None:
             self._batch = replace(
                 table,
-                width=max(len(row.prompt_token_ids) + len(row.token_ids) for row in self._rows),
+                width=max(row.known for row in self._rows),
                 values=known_values(self._a.declared, [row.params for row in self._rows]),
             )
         return events
@@ -326,10 +365,12 @@ class LocalEngine:
         return [first.completion(task.request, tuple(other.completion(task.request) for other in others))]
 
 
-def _check_plan(plan: Plan, batch: Batch, strategy: Strategy) -> None:
+def _check_plan(plan: Plan, batch: Batch, strategy: Strategy, ahead: bool) -> None:
     rows = len(batch) if plan.parents is None else len(plan.parents)
     if plan.tokens.shape != (rows, 1) or plan.tokens.dtype != torch.int64:
         raise PartError(
             f"strategy {part_name(strategy)} planned a {plan.tokens.dtype} tensor of shape {list(plan.tokens.shape)}; "
             f"this engine takes one int64 token a row and step: [{rows}, 1]"
         )
+    if ahead and plan.parents is not None:
+        raise PartError(f"strategy {part_name(strategy)} moved rows of which its forks() said that they stay")

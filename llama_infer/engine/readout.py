@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..batch import Batch, Output, Plan
 from ..chain import EXCLUDED, NON_FINITE, OUT_OF_RANGE, part_name
@@ -37,8 +37,31 @@ class Readout:
     top: list[list[TokenLogprob]] | None
 
 
-def read(plan: Plan, output: Output, rows_before: int, table: Batch) -> Readout:
-    """The one synchronisation of a step. ``table`` is the one after it."""
+@dataclass(frozen=True)
+class Reading:
+    """A step on its way to the host. ``values`` float64 [4 or 5, S]: what :class:`Readout` lists, in its order."""
+
+    values: Tensor
+    top: tuple[Tensor, Tensor, Tensor] | None
+    arrived: Any = None
+
+    def wait(self) -> Readout:
+        """The one synchronisation of a step."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        values = self.values.tolist()
+        return Readout(
+            tokens=[int(token) for token in values[0]],
+            logprobs=values[1],
+            totals=values[2],
+            branches=[int(branch) for branch in values[3]],
+            parents=[int(parent) for parent in values[4]] if len(values) > 4 else None,
+            top=None if self.top is None else _top(*self.top),
+        )
+
+
+def read(plan: Plan, output: Output, rows_before: int, table: Batch) -> Reading:
+    """Sends what the host needs of a step on its way. ``table`` is the one after it."""
     source = output.index(rows_before)
     source = source if plan.parents is None else source[plan.parents]
     tokens = plan.tokens[:, 0]
@@ -48,16 +71,21 @@ def read(plan: Plan, output: Output, rows_before: int, table: Batch) -> Readout:
     columns = [tokens, chosen - total, total, table.branch]
     if plan.parents is not None:
         columns.append(plan.parents)
-    values = torch.stack([column.double() for column in columns]).tolist()
-    known = [n for n in table.values.get("logprobs", frozenset()) if isinstance(n, int)]
-    return Readout(
-        tokens=[int(token) for token in values[0]],
-        logprobs=values[1],
-        totals=values[2],
-        branches=[int(branch) for branch in values[3]],
-        parents=[int(parent) for parent in values[4]] if plan.parents is not None else None,
-        top=_top(logits, max(known, default=0), source.tolist()) if any(known) else None,
-    )
+    sent = [torch.stack([column.double() for column in columns])]
+    count = max((n for n in table.values.get("logprobs", frozenset()) if isinstance(n, int)), default=0)
+    if count:
+        best = logits.topk(min(count, logits.shape[1]))
+        sent += [best.indices, best.values - logits.logsumexp(-1, keepdim=True), source]
+    values, *top = [_to_host(tensor) for tensor in sent]
+    arrived = torch.cuda.current_stream(logits.device).record_event() if logits.is_cuda else None
+    return Reading(values, (top[0], top[1], top[2]) if top else None, arrived)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy that the host does not wait for, where there is such a thing."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def failure(assembly: Assembly, sequence: LiveSequence, token: int, total: float) -> LlamaInferError:
@@ -77,9 +105,8 @@ def failure(assembly: Assembly, sequence: LiveSequence, token: int, total: float
     return NonFiniteLogitsError(f"{where}: NaN or +inf among the logits {stage}")
 
 
-def _top(logits: torch.Tensor, count: int, source: Sequence[int]) -> list[list[TokenLogprob]]:
-    """The likeliest tokens of each row under the raw distribution."""
-    best = logits.topk(min(count, logits.shape[1]))
-    logprobs = (best.values - logits.logsumexp(-1, keepdim=True)).tolist()
-    ids = best.indices.tolist()
-    return [[TokenLogprob(i, p) for i, p in zip(ids[m], logprobs[m], strict=True)] for m in source]
+def _top(ids: Tensor, logprobs: Tensor, source: Tensor) -> list[list[TokenLogprob]]:
+    """The likeliest tokens of each row under the raw distribution; ``source`` is its row of logits."""
+    pairs = zip(ids.tolist(), logprobs.tolist(), strict=True)
+    rows = [[TokenLogprob(i, p) for i, p in zip(*pair, strict=True)] for pair in pairs]
+    return [rows[at] for at in source.tolist()]

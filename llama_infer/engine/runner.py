@@ -22,7 +22,8 @@ class Runner:
 
     def forward(self, batch: Batch, cache: Any, layout: Layout) -> Output:
         """Logits [M, V] of the last token of each ready row, float32 (float64 stays)."""
-        tokens = batch.history.values[layout.rows, layout.positions]
+        # A row that has failed and whose failure nobody has read yet has a code where its token would be.
+        tokens = batch.history.values[layout.rows, layout.positions].clamp(min=0)
         calls = [self._model(**call).logits[0] for call in cache.calls(layout, tokens)]
         logits = calls[0] if len(calls) == 1 else torch.cat(calls)
         return Output(logits if logits.dtype == torch.float64 else logits.float(), layout.ready)

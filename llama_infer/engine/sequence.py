@@ -60,6 +60,7 @@ class LiveSequence:
         self.error: LlamaInferError | None = None
         self.cached = 0  # tokens taken over from the prefix cache
         self.frontier: Any = None  # the first block that it did not know
+        self.ahead = 0  # tokens that are chosen on the device and that the host has not read yet
         self._stream = stream
         self._criteria = criteria
         self._emitted = 0
@@ -77,8 +78,8 @@ class LiveSequence:
 
     @property
     def known(self) -> int:
-        """How many tokens there are, prompt and answer."""
-        return len(self.task.prompt_token_ids) + len(self.token_ids)
+        """How many tokens there are, prompt and answer, those included that the host has not read yet."""
+        return len(self.task.prompt_token_ids) + len(self.token_ids) + self.ahead
 
     def tokens(self) -> tuple[int, ...]:
         """Prompt and answer."""

@@ -24,6 +24,10 @@ class Sample:
         """A row for each of the ``n`` samples."""
         return int(params["n"])
 
+    def forks(self, sequence: SequenceView) -> bool:
+        """Whether its row may become several in the next step."""
+        return sequence.params["n"] != 1 and not sequence.token_ids
+
     def step(self, output: Output, batch: Batch, chain: Chain) -> Plan:
         """Forks a row into its ``n`` samples when its prompt has been fed, then chooses a token in each."""
         import torch
