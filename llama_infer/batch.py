@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import noise
+from .transfer import upload
 
 C = TypeVar("C", bound="StateColumn")
 
@@ -57,7 +58,7 @@ class Padded:
         return replace(self, values=torch.nn.functional.pad(self.values, (0, missing), value=self.fill))
 
     def to(self, device: torch.device | str) -> Padded:
-        return replace(self, values=self.values.to(device))
+        return replace(self, values=upload(self.values, device))
 
 
 def select(column: Column, index: Tensor) -> Column:
@@ -146,7 +147,7 @@ class Batch:
         lengths = [len(row) for row in tokens]
 
         def column(given: Sequence[int] | None, default: Sequence[int]) -> Tensor:
-            return torch.tensor(list(default if given is None else given), dtype=torch.int64).to(device)
+            return upload(torch.tensor(list(default if given is None else given), dtype=torch.int64), device)
 
         return Batch(
             history=Padded.of(tokens).to(device),

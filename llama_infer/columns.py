@@ -12,6 +12,7 @@ from torch import Tensor
 from .batch import Batch, Column
 from .chain import Chain, hashable
 from .parts import Param
+from .transfer import upload
 from .types import Value
 
 _DTYPES = {float: torch.float32, int: torch.int64, bool: torch.bool}
@@ -73,4 +74,6 @@ def _float32(values: Sequence[float]) -> Tensor:
 
 
 def _to_device(column: Column, device: torch.device | str) -> Column:
+    if isinstance(column, Tensor):
+        return upload(column, device)
     return column.to(device) if hasattr(column, "to") else column

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .transfer import upload
 
 _CALL = 256
 """Tokens that an attention call on the CPU could serve in the time that calling takes."""
@@ -41,11 +44,22 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The tokens of all rows end to end. Built on the host; no tensor of it depends on a device's result."""
+    """The tokens of all rows end to end. Built on the host; no tensor of it depends on a device's result.
+
+    ``recorded``: the step is recorded, to be replayed with other numbers in :attr:`positions` and :attr:`ends`. The
+    spans then say how far rows may reach, not how far they do.
+    """
 
     spans: tuple[Span, ...]
     device: torch.device
+    recorded: bool = False
     _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
+    _slots: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every row feeds one token, its last."""
+        return all(span.new == 1 and span.ready for span in self.spans)
 
     @property
     def width(self) -> int:
@@ -61,6 +75,23 @@ class Layout:
     def positions(self) -> Tensor:
         """int64 [N]: the position of each token in its row."""
         return self._tensor([at for span in self.spans for at in range(span.old, span.end)])
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """int32 [R + 1]: where in the packed tokens each row begins, and where the last one ends."""
+        return self._tensor([0, *accumulate(span.new for span in self.spans)]).int()
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """int32 [R]: how many tokens each row holds after the step."""
+        return self._tensor([span.end for span in self.spans]).int()
+
+    def slot_starts(self, capacity: int) -> Tensor:
+        """int32 [R + 1]: where each row's slot begins when slots of that many tokens lie end to end."""
+        if capacity not in self._slots:
+            count = len(self.spans) + 1
+            self._slots[capacity] = torch.arange(count, dtype=torch.int32, device=self.device) * capacity
+        return self._slots[capacity]
 
     @cached_property
     def last(self) -> Tensor:
@@ -133,4 +164,4 @@ class Layout:
         return (to <= at) if unbounded else (to <= at) & (to > at - window)
 
     def _tensor(self, values: Sequence[int] | Sequence[tuple[int, ...]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self.device)
+        return upload(torch.tensor(values, dtype=torch.int64), self.device)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent / "llama_infer"
 
 LAYERS = [
     {"types", "errors", "parts", "registry", "files"},
-    {"noise", "patterns", "batch", "layout", "candidates", "chain", "columns", "parameters"},
+    {"transfer", "noise", "patterns", "batch", "layout", "candidates", "chain", "columns", "parameters"},
     {"samplers", "stopping", "foreign", "processors", "strategies", "cache", "models", "prompts"},
     {"engine"},
     {"backends"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,10 @@ class LocalBackend:
 
     name = "local"
 
+    def __init__(self) -> None:
+        self._idle: list[LocalEngine] = []
+        self._lock = threading.Lock()
+
     def unsupported(self, assembly: Assembly) -> Sequence[str]:
         """Why this pipeline cannot be run here, reason by reason: no cache, or an attention that cannot be packed."""
         from ..models.attention import refusal, takes_cache
@@ -25,7 +30,18 @@ class LocalBackend:
         return [f"{reason}: use cache='plain'"] if reason else []
 
     def open(self, assembly: Assembly) -> LocalEngine:
-        """A new engine."""
+        """An engine; on a GPU one that was closed is used again, with what it has recorded and its memory."""
         from ..engine.engine import LocalEngine
 
-        return LocalEngine(assembly)
+        with self._lock:
+            engine = next((engine for engine in self._idle if engine.assembly is assembly), None)
+            if engine is None:
+                engine = LocalEngine(assembly)
+            else:
+                self._idle.remove(engine)
+        engine.closed = self._keep if assembly.loaded.device.type == "cuda" else None
+        return engine
+
+    def _keep(self, engine: LocalEngine) -> None:
+        with self._lock:
+            self._idle.append(engine)

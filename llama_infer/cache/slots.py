@@ -1,7 +1,7 @@
 """Row i of the batch owns slot i of every layer's buffers; the only file that names transformers' Cache methods.
 
 The layers stand in a transformers ``DynamicCache``, so the model's own forward fills them. Buffers are written in
-place. On the CPU they are made as large as the requests may need, where that is known; else they grow geometrically,
+place. They are made as large as the requests may need, where that is known; else they grow geometrically,
 layer by layer, so that no two copies of the whole cache ever exist. They are made of zeros: what a mask hides must be
 finite all the same.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, DynamicLayer
 
 from ..layout import Layout
+from ..transfer import upload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,13 +39,13 @@ class SlotCache:
         self.lengths: list[int] = []
         self._layers: list[SlotLayer] = []
         self._room = 0
-        self._reserves = False
+        self._device = torch.device("cpu")
 
     def bind(self, model: PreTrainedModel) -> SlotCache:
         """A new empty cache for the model."""
         cache = type(self)()
         cache._layers = [self._layer() for _ in range(model.config.get_text_config().num_hidden_layers)]
-        cache._reserves = model.device.type == "cpu"  # where memory costs nothing until it is written
+        cache._device = model.device
         cache.past = DynamicCache()
         cache.past.layers, cache.past.layer_class_to_replicate = list(cache._layers), None
         return cache
@@ -52,15 +53,19 @@ class SlotCache:
     def extend(self, count: int, room: int = 0) -> None:
         """Gives the next ``count`` rows an empty slot. ``room``: tokens that one of them may come to hold, if known."""
         self.lengths += [0] * count
-        self._room = max(self._room, room if self._reserves else 0)
+        self._room = max(self._room, room)
 
     def calls(self, layout: Layout, tokens: Tensor) -> Iterator[dict[str, Any]]:
         """The arguments of one forward over all rows; what it feeds counts as held from here on."""
         self._make_room(len(layout.spans), layout.width)
+        self.lengths = [span.end for span in layout.spans]
+        yield self.call(layout, tokens)
+
+    def call(self, layout: Layout, tokens: Tensor) -> dict[str, Any]:
+        """The arguments of one forward, for which there is room."""
         for layer in self._layers:
             layer.layout = layout
-        self.lengths = [span.end for span in layout.spans]
-        yield {
+        return {
             "input_ids": tokens[None],
             "position_ids": layout.positions[None],
             # Any 4-D mask is passed on as it is: none is built for our calls, whose attention reads the layout.
@@ -71,11 +76,18 @@ class SlotCache:
             "layout": layout,
         }
 
+    def reserve(self, layout: Layout, rows: int) -> tuple[int, int] | None:
+        """Makes room for a step in which ``rows`` slots are written, and counts what it feeds as held. Returns how many
+        slots of how many tokens the buffers have, or None while they still have to grow, as they do when written."""
+        self._make_room(max(rows, len(layout.spans)), layout.width)
+        self.lengths = [span.end for span in layout.spans]
+        return self._layers[-1].size if self._layers[-1].fits else None
+
     def select(self, index: Sequence[int]) -> None:
         """Row i becomes what row ``index[i]`` was. Only rows that change place and hold something are copied: one that
-        joined just now may have no slot yet. Without rows, no memory is held."""
+        joined just now may have no slot yet. Without rows, memory is held on a GPU only, for what comes next."""
         before, self.lengths = self.lengths, [self.lengths[row] for row in index]
-        if not index:
+        if not index and self._device.type == "cpu":
             self._room = 0
             for layer in self._layers:
                 layer.reset()
@@ -84,8 +96,11 @@ class SlotCache:
         width = max((self.lengths[row] for row in moved), default=0)
         if width:
             self._make_room(len(index), width)
+            targets, sources = (
+                upload(torch.tensor(rows), self._device) for rows in (moved, [index[row] for row in moved])
+            )
             for layer in self._layers:
-                layer.move(moved, [index[row] for row in moved], width, before)
+                layer.move(targets, sources, width, before)
 
     def copy(self, row: int, start: int, end: int) -> list[tuple[Tensor, ...]]:
         """What is held of a row's tokens ``start``..``end`` (exclusive), layer by layer, for :meth:`paste`."""
@@ -128,6 +143,11 @@ class SlotLayer(DynamicLayer):
     _keys: tuple[Tensor, ...] = ()
     _values: tuple[Tensor, ...] = ()
 
+    @property
+    def fits(self) -> bool:
+        """Whether the buffers are as large as :attr:`size` says."""
+        return bool(self._keys) and (self._keys[0].shape[0], self._keys[0].shape[2]) == self.size
+
     def encode(self, states: Tensor) -> tuple[Tensor, ...]:
         """What is stored of [..., tokens, head_dim]: tensors [..., tokens, n]."""
         return (states,)
@@ -160,7 +180,7 @@ class SlotLayer(DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
 
-    def move(self, targets: list[int], sources: list[int], width: int, lengths: Sequence[int]) -> None:
+    def move(self, targets: Tensor, sources: Tensor, width: int, lengths: Sequence[int]) -> None:
         """Slots ``targets`` get the first ``width`` tokens of ``sources``; slots hold ``lengths`` so far."""
         self._fit(self._keys, self._values, lengths)
         for buffer in self._keys + self._values:
@@ -185,17 +205,20 @@ class SlotLayer(DynamicLayer):
         slots hold stays."""
         if not self._keys:
             self._keys, self._values = (tuple(_zeros(self.size, t) for t in part) for part in (keys, values))
-        elif (self._keys[0].shape[0], self._keys[0].shape[2]) != self.size:
+        elif not self.fits:
             self._keys = tuple(_grown(buffer, self.size, lengths) for buffer in self._keys)
             self._values = tuple(_grown(buffer, self.size, lengths) for buffer in self._values)
 
 
 def _zeros(size: tuple[int, int], like: Tensor) -> Tensor:
     """[slots, heads, capacity, n] for what is like [tokens, heads, n]. On the CPU the system hands out large memory,
-    zeroed, as it is first written: what a slot does not use yet costs neither time nor memory."""
+    zeroed, as it is first written: what a slot does not use yet costs neither time nor memory. Elsewhere the heads of a
+    token lie side by side, as flash attention wants them."""
     shape = size[0], like.shape[1], size[1], like.shape[2]
+    if not like.is_cpu:
+        return like.new_zeros(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2)
     count = math.prod(shape) * like.element_size()
-    if not like.is_cpu or count < _LARGE:
+    if count < _LARGE:
         return like.new_zeros(shape)
     try:
         memory = mmap.mmap(-1, count, access=mmap.ACCESS_COPY)

@@ -18,6 +18,7 @@ from ..columns import known_values, make_batch
 from ..errors import InsufficientMemoryError, ParameterError, PartError
 from ..layout import Layout
 from ..parts import LoadedModel, Param, Strategy
+from ..transfer import upload
 from ..types import Completion, Event, Prompt, Request, Value
 from .detokenize import Detokenizer
 from .intake import make_task
@@ -75,10 +76,14 @@ class _Launched:
 
 
 class LocalEngine:
-    """Serves requests on one model in this process; requests join and leave between steps."""
+    """Serves requests on one model in this process; requests join and leave between steps.
+
+    ``closed``, if set, is told once that the engine has been closed, and can be used again.
+    """
 
     def __init__(self, assembly: Assembly) -> None:
         self._a = assembly
+        self.closed: Callable[[LocalEngine], None] | None = None
         if assembly.loaded.device.type == "cpu":
             keep_freed_memory()
         self._scheduler = Scheduler(assembly.batch_size, assembly.cache_tokens)
@@ -91,6 +96,11 @@ class LocalEngine:
         self._launched: list[_Launched] = []
         self._ids: set[str] = set()  # of what waits or runs: asked at every add
         self._added = 0
+
+    @property
+    def assembly(self) -> Assembly:
+        """What it is made of."""
+        return self._a
 
     @property
     def busy(self) -> bool:
@@ -145,11 +155,16 @@ class LocalEngine:
         self._events += self._leave(done)
 
     def close(self) -> None:
-        """Forgets everything; nothing more comes."""
+        """Forgets everything and is as new; a GPU keeps its memory for keys and values, and its recorded steps."""
+        self._cache.erase(range(len(self._rows)))  # the next owners of the slots must find no NaN there
         self._rows, self._batch, self._events, self._launched = [], None, [], []
-        self._scheduler.clear()
+        self._scheduler = Scheduler(self._a.batch_size, self._a.cache_tokens)
         self._ids.clear()
-        self._cache = self._a.cache()
+        self._added = 0
+        self._move([])
+        closed, self.closed = self.closed, None
+        if closed is not None:
+            closed(self)
 
     @property
     def _table(self) -> Batch:
@@ -268,6 +283,7 @@ class LocalEngine:
     def _empty_cache(self, rows: int) -> None:
         """Forgets all keys and values; what is known of the rows is fed again."""
         self._cache = self._a.cache()
+        self._runner = Runner(self._a.loaded)
         self._prefixes.clear()
         for sequence in self._rows:
             sequence.cached, sequence.frontier = 0, None
@@ -285,7 +301,7 @@ class LocalEngine:
         self._empty_cache(len(index))
 
     def _pick(self, rows: Sequence[int]) -> Batch:
-        return self._table.select(torch.tensor(rows, device=self._table.device))
+        return self._table.select(upload(torch.tensor(rows), self._table.device))
 
     def _settle(self, rows: Sequence[LiveSequence], step: Readout) -> list[Event]:
         """Detokenise, ask the criteria, emit, drop. ``rows`` are the step's; they may have moved or left since."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..batch import Batch, Output, Plan
 from ..chain import EXCLUDED, NON_FINITE, OUT_OF_RANGE, part_name
 from ..errors import EmptySupportError, LlamaInferError, NonFiniteLogitsError, PartError
+from ..transfer import download
 from ..types import TokenLogprob
 
 if TYPE_CHECKING:
@@ -76,16 +77,9 @@ def read(plan: Plan, output: Output, rows_before: int, table: Batch) -> Reading:
     if count:
         best = logits.topk(min(count, logits.shape[1]))
         sent += [best.indices, best.values - logits.logsumexp(-1, keepdim=True), source]
-    values, *top = [_to_host(tensor) for tensor in sent]
+    values, *top = [download(tensor) for tensor in sent]
     arrived = torch.cuda.current_stream(logits.device).record_event() if logits.is_cuda else None
     return Reading(values, (top[0], top[1], top[2]) if top else None, arrived)
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy that the host does not wait for, where there is such a thing."""
-    if not tensor.is_cuda:
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def failure(assembly: Assembly, sequence: LiveSequence, token: int, total: float) -> LlamaInferError:

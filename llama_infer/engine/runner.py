@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..batch import Batch, Output
+from .graphs import DecodeGraphs, can_record
 
 if TYPE_CHECKING:
     from ..layout import Layout
@@ -18,12 +20,17 @@ class Runner:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._model = loaded.model
-        self._device = loaded.device
+        self._graphs = DecodeGraphs(loaded.model) if can_record(loaded) else None
 
     def forward(self, batch: Batch, cache: Any, layout: Layout) -> Output:
         """Logits [M, V] of the last token of each ready row, float32 (float64 stays)."""
+        logits = self._graphs.forward(batch, cache, layout) if self._graphs and hasattr(cache, "reserve") else None
+        if logits is None:
+            logits = self._call(batch, cache, layout)
+        return Output(logits if logits.dtype == torch.float64 else logits.float(), layout.ready)
+
+    def _call(self, batch: Batch, cache: Any, layout: Layout) -> Tensor:
         # A row that has failed and whose failure nobody has read yet has a code where its token would be.
         tokens = batch.history.values[layout.rows, layout.positions].clamp(min=0)
         calls = [self._model(**call).logits[0] for call in cache.calls(layout, tokens)]
-        logits = calls[0] if len(calls) == 1 else torch.cat(calls)
-        return Output(logits if logits.dtype == torch.float64 else logits.float(), layout.ready)
+        return calls[0] if len(calls) == 1 else torch.cat(calls)

@@ -48,11 +48,6 @@ class Scheduler:
         """Takes a waiting task out."""
         return self._waiting.pop(id, None)
 
-    def clear(self) -> None:
-        """Forgets all that wait."""
-        self._waiting.clear()
-        self._order.clear()
-
     def admit(self, live: Sequence[LiveSequence]) -> list[Task]:
         """The tasks that join now. Each live task counts with all that it may come to hold."""
         if not self._waiting:

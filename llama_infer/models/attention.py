@@ -102,6 +102,10 @@ def _packed_attention(
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{type(module).__name__} uses {name}: run it with cache='plain'")
     tokens = query[0].transpose(0, 1)
+    if kernel == "sdpa" and kernels.ragged_serves(tokens, key, value):
+        return kernels.ragged(tokens, key, value, layout, sliding_window, scaling)[None], None
+    if layout.recorded:
+        raise UnsupportedError("the attention of this step depends on numbers of the host, it cannot be recorded")
     out = query.new_empty(*tokens.shape[:2], value.shape[-1])
     pieces: Sequence[Piece] = layout.pieces
     run = native.kernel(query, key, value) if kernel == "sdpa" else None

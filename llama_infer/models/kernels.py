@@ -53,6 +53,48 @@ def sdpa(
     return F.scaled_dot_product_attention(q[0], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)[None]
 
 
+def ragged_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether :func:`ragged` can be used for q [N, heads, d] and keys and values [rows, kv heads, width, d]."""
+    if (
+        not q.is_cuda
+        or q.dtype not in (torch.bfloat16, torch.float16)
+        or v.shape != k.shape
+        or v.stride() != k.stride()
+    ):
+        return False
+    dim = q.shape[2]
+    side_by_side = k.stride()[1:] == (dim, k.shape[1] * dim, 1)
+    return side_by_side and dim <= 256 and dim % 8 == 0 and torch.cuda.get_device_capability(q.device)[0] >= 8
+
+
+def ragged(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, scaling: float | None) -> Tensor:
+    """All rows in one call of the flash attention that torch ships: q [N, heads, d] -> [N, heads, d].
+
+    Which tokens are whose, and how far each row reaches, is read on the device. When every row feeds one token, long
+    rows are split over the processor (flash decoding). The operator is private; its public form keeps changing.
+    """
+    rows, heads, width, dim = k.shape
+    capacity = k.stride(0) // k.stride(2)
+    k, v = (t.as_strided(((rows - 1) * capacity + width, heads, dim), (heads * dim, dim, 1)) for t in (k, v))
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        q,
+        k,
+        v,
+        layout.starts,
+        layout.slot_starts(capacity),
+        max(span.new for span in layout.spans),
+        width,
+        0.0,
+        True,
+        False,
+        scale=scaling,
+        window_size_left=-1 if window is None or window >= width else window - 1,
+        window_size_right=-1 if window is None or window >= width else 0,
+        seqused_k=layout.ends,
+    )[0]
+    return out
+
+
 def products_pay(q: Tensor, k: Tensor) -> bool:
     """Whether :func:`products` is the faster one: prompts in bfloat16 on the CPU. oneDNN's products beat torch's fused
     kernel there; for single tokens they do not, because keys and values are copied into a dense batch first."""
