@@ -110,12 +110,13 @@ def test_rows_that_say_how_long_they_get_are_never_copied():
         assert len(seen) == sizes
 
 
-def test_other_devices_are_not_reserved_on():
+@pytest.mark.parametrize("room, made", [(0, 64), (100, 100), (10_000, 1024)])
+def test_little_is_reserved_on_other_devices(room, made):
     """Their memory is taken at once, not as it is written."""
     cache = bound(SlotCache, "meta")
-    cache.extend(1, 10_000)
+    cache.extend(1, room)
     cache._make_room(1, 5)
-    assert cache.past.layers[0].size == (1, 64)
+    assert cache.past.layers[0].size == (1, made)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")

@@ -1,7 +1,7 @@
 """Row i of the batch owns slot i of every layer's buffers; the only file that names transformers' Cache methods.
 
 The layers stand in a transformers ``DynamicCache``, so the model's own forward fills them. Buffers are written in
-place. They are made as large as the requests may need, where that is known; else they grow geometrically,
+place. On the CPU they are made as large as the requests may need, where that is known; else they grow geometrically,
 layer by layer, so that no two copies of the whole cache ever exist. They are made of zeros: what a mask hides must be
 finite all the same.
 """
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _TOKENS = 64
 """The least number of tokens that a slot is made for."""
+_RESERVED = 1024
+"""The most tokens that a slot is made for before they are needed where memory is taken at once, not as it is written."""
 _LARGE = 4 << 20
 """Bytes from which on memory is asked of the system."""
 
@@ -53,7 +55,8 @@ class SlotCache:
     def extend(self, count: int, room: int = 0) -> None:
         """Gives the next ``count`` rows an empty slot. ``room``: tokens that one of them may come to hold, if known."""
         self.lengths += [0] * count
-        self._room = max(self._room, room)
+        most = room if self._device.type == "cpu" else _RESERVED
+        self._room = max(self._room, min(room, most))
 
     def calls(self, layout: Layout, tokens: Tensor) -> Iterator[dict[str, Any]]:
         """The arguments of one forward over all rows; what it feeds counts as held from here on."""
