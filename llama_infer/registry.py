@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar, get_args
 
 from .errors import LlamaInferError, PartError, UnknownPartError, suggest
@@ -199,10 +201,28 @@ def _entry_points(kind: Kind) -> tuple[importlib.metadata.EntryPoint, ...]:
     if os.environ.get("LLAMA_INFER_PLUGINS") == "0":
         return ()
     try:
-        return tuple(importlib.metadata.entry_points(group=_GROUPS[kind]))
+        return _read_entry_points(_GROUPS[kind], _search_path())
     except Exception as error:  # a distribution with unreadable metadata must not hide the others
         warnings.warn(f"entry points of group {_GROUPS[kind]} cannot be read: {error!r}", stacklevel=2)
         return ()
+
+
+@lru_cache(maxsize=16)
+def _read_entry_points(group: str, path: Hashable) -> tuple[importlib.metadata.EntryPoint, ...]:
+    """Those of a group; kept while ``path`` stays, because a look takes milliseconds and a pipeline names 40 parts."""
+    return tuple(importlib.metadata.entry_points(group=group))
+
+
+def _search_path() -> Hashable:
+    """What changes when a distribution is installed or removed: where they are looked for, and when that changed."""
+    return tuple((place, _modified(place or ".")) for place in sys.path)
+
+
+def _modified(place: str) -> int:
+    try:
+        return os.stat(place).st_mtime_ns
+    except OSError:  # it need not exist
+        return 0
 
 
 def _check_kind(kind: str) -> None:

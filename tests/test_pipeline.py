@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
+import shutil
 import warnings
 
 import pytest
@@ -262,27 +262,30 @@ class Doubling:
 
 
 @pytest.fixture
-def entry_points(monkeypatch):
-    """Entry points of the test's own, by group."""
-    found = {}
-    original = importlib.metadata.entry_points
-    both = lambda group: [*original(group=group), *found.get(group, [])]  # noqa: E731
-    monkeypatch.setattr(importlib.metadata, "entry_points", both)
-    return found
+def installed_plugin(tmp_path, monkeypatch):
+    """A distribution, installed while this process runs, that brings three processors."""
+    info = tmp_path / "extra_parts-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: extra-parts\nVersion: 1.0\n")
+    points = f"doubling = {__name__}:Doubling\nbroken = no_such_module:X\ntop_k = {__name__}:Doubling\n"
+    (info / "entry_points.txt").write_text(f"[llama_infer.processors]\n{points}")
+    monkeypatch.syspath_prepend(tmp_path)
+    return info
 
 
-def test_entry_points(pipe, entry_points, monkeypatch):
-    group = "llama_infer.processors"
-    points = [("doubling", f"{__name__}:Doubling"), ("broken", "no_such_module:X"), ("top_k", f"{__name__}:Doubling")]
-    entry_points[group] = [importlib.metadata.EntryPoint(name, value, group) for name, value in points]
+def test_entry_points(pipe, installed_plugin, monkeypatch):
     assert "Doubling" in repr(pipe.replace(processors="doubling"))
     assert {part.name for part in installed()} >= {"doubling", "broken"}
-    with pytest.raises(PartError, match="'broken'.*cannot be imported"):
+    with pytest.raises(PartError, match="'broken' of extra-parts.*cannot be imported"):
         pipe.replace(processors="broken")
     with pytest.raises(PartError, match="several parts claim.*'top_k'.*llama-infer"):
         pipe.replace(processors="top_k")
     monkeypatch.setenv("LLAMA_INFER_PLUGINS", "0")
     assert pipe.replace(processors="top_k") is not None
+    with pytest.raises(UnknownPartError, match="doubling"):
+        pipe.replace(processors="doubling")
+    monkeypatch.delenv("LLAMA_INFER_PLUGINS")
+    shutil.rmtree(installed_plugin)
     with pytest.raises(UnknownPartError, match="doubling"):
         pipe.replace(processors="doubling")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import ParameterError
 from ..parts import Context, Param, Trait
 from ..types import Value
+from .penalties import IN_PLACE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +86,7 @@ class MinNewTokens:
             help="no end token before that many tokens",
         )
     }
-    traits: frozenset[Trait] = frozenset({"pure", "row_independent"})
+    traits = IN_PLACE
 
     def __init__(self, end_token_ids: Sequence[int] = ()) -> None:
         self.end_token_ids = tuple(end_token_ids)
@@ -95,11 +96,10 @@ class MinNewTokens:
         return MinNewTokens(context.end_token_ids)
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        """[R, V] -> [R, V]."""
+        """[R, V] -> [R, V], in place."""
         if not self.end_token_ids:
             return logits
         early = batch.length - batch.prompt_length < batch["min_new_tokens"]
-        ends = list(self.end_token_ids)
-        out = logits.clone()
-        out[:, ends] = out[:, ends].masked_fill(early[:, None], -math.inf)
-        return out
+        for end in self.end_token_ids:  # a few; a list as an index would be copied to the device
+            logits[:, end].masked_fill_(early, -math.inf)
+        return logits

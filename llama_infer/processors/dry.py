@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LONGEST_MATCH = 50
 """Longer matches count as this long (text-generation-webui has the same bound)."""
 _LARGEST_PENALTY = 1e30
-_CACHED_SETS = 8
+_CACHED_SETS = 64
 
 
 def _are_breakers(value: Sequence[Any]) -> bool:
@@ -88,7 +88,7 @@ class Dry:
         self._context = context
         self._texts: list[str] | None = None
         self._ids: dict[tuple[str | int, ...], list[int]] = {}
-        self._masks: dict[tuple[tuple[str | int, ...], ...], Tensor] = {}
+        self._masks: dict[tuple[str | int, ...], Tensor] = {}
 
     def bind(self, context: Context) -> Dry:
         """Learns the tokenizer, which finds the breakers' tokens when they are first needed."""
@@ -131,6 +131,8 @@ class Dry:
 
     def _units(self, batch: Batch, vocab_size: int) -> Tensor:
         """The tokens [R, width], -1 where a match cannot be: outside of the searched part, and at breakers."""
+        import torch
+
         tokens = batch.tokens
         searched = within_last(batch, "dry_penalty_last_n")
         if searched is not None:
@@ -138,23 +140,24 @@ class Dry:
         column: Any = batch["dry_sequence_breakers"]
         if not any(column.sets):
             return tokens
-        masks = self._mask(column.sets, vocab_size, tokens.device)
+        masks = [self._mask(breakers, vocab_size, tokens.device) for breakers in column.sets]
+        if len(masks) == 1:
+            return tokens.masked_fill(masks[0][tokens.clamp(min=0)], -1)
         at = tokens.clamp(min=0) + column.index[:, None] * vocab_size
-        return tokens.masked_fill(masks.view(-1)[at], -1)
+        return tokens.masked_fill(torch.cat(masks)[at], -1)
 
-    def _mask(self, sets: tuple[tuple[str | int, ...], ...], vocab_size: int, device: torch.device | str) -> Tensor:
-        """bool [S, V]: which tokens break, for each set of breakers."""
-        if sets not in self._masks:
+    def _mask(self, breakers: tuple[str | int, ...], vocab_size: int, device: torch.device | str) -> Tensor:
+        """bool [V]: which tokens break."""
+        if breakers not in self._masks:
             import torch
 
-            masks = torch.zeros(len(sets), vocab_size, dtype=torch.bool)
-            for mask, breakers in zip(masks, sets, strict=True):
-                with suppress(ParameterError):  # then the row has DRY off, else check() had refused it
-                    mask[self._breaker_ids(breakers, vocab_size)] = True
+            mask = torch.zeros(vocab_size, dtype=torch.bool)
+            with suppress(ParameterError):  # then the row has DRY off, else check() had refused it
+                mask[self._breaker_ids(breakers, vocab_size)] = True
             while len(self._masks) >= _CACHED_SETS:
                 del self._masks[next(iter(self._masks))]
-            self._masks[sets] = masks.to(device)
-        return self._masks[sets]
+            self._masks[breakers] = mask.to(device, non_blocking=True)
+        return self._masks[breakers]
 
     def _breaker_ids(self, breakers: tuple[str | int, ...], vocab_size: int) -> list[int]:
         if breakers not in self._ids:
