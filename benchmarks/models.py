@@ -31,6 +31,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 8192,
         "vocab_size": 128256,
     },
+    "8b": {  # Llama-3.1-8B, but for its tied head; for a GPU
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+    },
 }
 CONTEXT = 4096
 WIDTHS = {"bfloat16": 2, "float32": 4}

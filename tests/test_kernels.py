@@ -15,13 +15,13 @@ spans = st.lists(
 ).filter(lambda spans: any(span.new for span in spans))
 
 
-def make(given_spans, kv_heads, group, dtype=torch.float64):
+def make(given_spans, kv_heads, group, dtype=torch.float64, dim=8):
     """A layout, and random queries [N, kv heads, group, d], keys and values [rows, kv heads, width, d]."""
     layout = Layout(tuple(given_spans), torch.device("cpu"))
     draw = torch.Generator().manual_seed(len(given_spans) + kv_heads)
     tokens, rows = sum(span.new for span in given_spans), len(given_spans)
-    q = torch.randn(tokens, kv_heads, group, 8, generator=draw, dtype=torch.float64)
-    k, v = torch.randn(2, rows, kv_heads, layout.width, 8, generator=draw, dtype=torch.float64)
+    q = torch.randn(tokens, kv_heads, group, dim, generator=draw, dtype=torch.float64)
+    k, v = torch.randn(2, rows, kv_heads, layout.width, dim, generator=draw, dtype=torch.float64)
     return layout, q.to(dtype), k.to(dtype), v.to(dtype)
 
 
