@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--tokens", type=int, default=256, help="of an answer (%(default)s)")
     parser.add_argument("--requests", type=int, default=256, help="of W1, none: 0 (%(default)s)")
+    parser.add_argument("--compile", action="store_true", help="try compiled steps too")
     parser.add_argument("--no-peers", action="store_true", help="ours alone")
     parser.add_argument("--profile", action="store_true", help="where the time of twenty steps goes")
     options = parser.parse_args(argv)
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "model": options.model, "read_gb_s": read / 1e9}
     print(f"{found['device']}, weights {weights / 1e9:.2f} GB, {read / 1e12:.2f} TB/s", flush=True)
-    pipe = Pipeline(model, batch_size=max(options.rows), prefix_cache=0)
+    pipe = Pipeline(model, batch_size=max(options.rows), prefix_cache=0, compile=options.compile)
     for rows in options.rows:
         rates = {"recorded": decode(pipe, rows, options.tokens)}
         patience, graphs._PATIENCE = graphs._PATIENCE, 1 << 60
@@ -80,7 +81,7 @@ def decode(pipe: Pipeline, rows: int, tokens: int) -> float:
     backend: Any = pipe._backend
     engine = backend.open(pipe._assembly)
     for at in range(rows):
-        engine.add(Request([3 + at % 1000] * _PROMPT, {"max_new_tokens": tokens, "temperature": 0}))
+        engine.add(Request((3 + at % 1000,) * _PROMPT, {"max_new_tokens": tokens, "temperature": 0}))
     for _ in range(tokens // 4):
         engine.step()
     torch.cuda.synchronize()
@@ -127,7 +128,7 @@ def profile(pipe: Pipeline, rows: int) -> None:
     backend: Any = pipe._backend
     engine = backend.open(pipe._assembly)
     for at in range(rows):
-        engine.add(Request([3 + at] * _PROMPT, {"max_new_tokens": 100, "temperature": 0}))
+        engine.add(Request((3 + at,) * _PROMPT, {"max_new_tokens": 100, "temperature": 0}))
     for _ in range(20):
         engine.step()
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]

@@ -16,6 +16,7 @@ from . import registry
 from .chain import Chain
 from .engine.detokenize import Detokenizer
 from .engine.engine import Assembly
+from .engine.graphs import can_record
 from .engine.prefix import PrefixCache
 from .errors import UnsupportedError
 from .parts import Context, LoadedModel, Param, Source
@@ -105,6 +106,7 @@ def assemble(
         detokenizer=shared.detokenizer,
         batch_size=plan.batch_size,
         cache_tokens=plan.tokens,
+        compiled=_compiled(loaded) if pipeline.compile else None,
         runs_ahead=_works_beside_the_host(loaded.device),
         deal_seed=deal_seed,
         lock=shared.lock,
@@ -116,6 +118,18 @@ def assemble(
 
 def _works_beside_the_host(device: torch.device) -> bool:
     return device.type == "cuda"
+
+
+def _compiled(loaded: LoadedModel) -> Any:
+    """The model's forward for torch.compile to compile, which it does when it is first called."""
+    if not can_record(loaded):
+        raise UnsupportedError(
+            f"compile=True is for a model in one piece on a CUDA device; this one is on {loaded.device}. On the CPU "
+            "compiled steps are no faster (see benchmarks/notes.md)"
+        )
+    import torch
+
+    return torch.compile(loaded.model.forward)
 
 
 def _bound(part: Any, context: Context) -> Any:

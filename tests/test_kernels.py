@@ -46,7 +46,7 @@ def definition(layout, q, k, v, window, scaling):
             first = 0 if window is None else max(0, at + 1 - window)
             for head in range(q.shape[1]):
                 keys, values = k[row, head, first : at + 1], v[row, head, first : at + 1]
-                weights = (q[start, head] @ keys.T * (8**-0.5 if scaling is None else scaling)).softmax(-1)
+                weights = (q[start, head] @ keys.T * (q.shape[-1] ** -0.5 if scaling is None else scaling)).softmax(-1)
                 out[start, head] = weights @ values
             start += 1
     return out

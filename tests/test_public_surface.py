@@ -20,7 +20,7 @@ ARGUMENTS = """
 model='demo' tokenizer=None revision=None dtype=None device=None device_map=None attention=None quantization=None
 adapter=None merge_adapter=True local_files_only=False tp_plan=None
 loader='auto' formatter='auto' sampler='categorical' strategy='sample' cache='slots' backend='local' observers=()
-batch_size=None prefix_cache=8192 trust_remote_code=False
+batch_size=None prefix_cache=8192 compile=False trust_remote_code=False
 """.split()
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _TOKENS = 64
 """The least number of tokens that a slot is made for."""
 _RESERVED = 1024
-"""The most tokens that a slot is made for before they are needed where memory is taken at once, not as it is written."""
+"""The most tokens that a slot is made for beforehand where memory is taken at once, not as it is written."""
 _LARGE = 4 << 20
 """Bytes from which on memory is asked of the system."""
 

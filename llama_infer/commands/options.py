@@ -42,6 +42,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--local-files-only", action="store_true", help="use what the hub's cache holds and ask nobody for more")
     add("--attention", metavar="NAME", help="sdpa, eager or flash_attention_2; default: what suits the model")
     add("--use-flash-attention-2", action="store_true", help="the same as --attention flash_attention_2")
+    add("--compile", action="store_true", help="on a GPU: compile decode steps where that is faster; takes minutes")
     add("--use-vllm", action="store_true", help="run on vLLM, where a backend of that name is installed")
     add(
         "--batch-size",
@@ -196,6 +197,7 @@ def pipeline_options(args: argparse.Namespace) -> dict[str, Any]:
         "local_files_only": args.local_files_only,
         "attention": args.attention,
         "batch_size": args.batch_size,
+        "compile": args.compile,
         "trust_remote_code": args.trust_remote_code,
     }
     if args.use_flash_attention_2:

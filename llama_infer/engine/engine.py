@@ -44,6 +44,7 @@ class Assembly:
         lock: held during a step, so that engines in several threads take turns on one model.
         batch_size: rows decoded at once; cache_tokens: rows times tokens that there is memory for.
         prefixes: what the pipeline's engines share of earlier prompts; None: nothing.
+        compiled: another form of the model, for decode steps on a GPU where it is faster; None: none.
         runs_ahead: whether a step is launched before the host has read the one before it, so that the device does not
             wait for the host; pays where the two work side by side.
     """
@@ -63,6 +64,7 @@ class Assembly:
     observers: Sequence[Callable[[Event], None]] = ()
     prefixes: PrefixCache | None = None
     cache_tokens: float = math.inf
+    compiled: Any = None
     runs_ahead: bool = False
     deal_seed: Callable[[], int] = partial(secrets.randbits, 53)
 
@@ -87,7 +89,7 @@ class LocalEngine:
         if assembly.loaded.device.type == "cpu":
             keep_freed_memory()
         self._scheduler = Scheduler(assembly.batch_size, assembly.cache_tokens)
-        self._runner = Runner(assembly.loaded)
+        self._runner = Runner(assembly.loaded, assembly.compiled)
         self._cache = assembly.cache()
         self._prefixes = Prefixes(assembly.prefixes)
         self._batch: Batch | None = None
@@ -283,7 +285,7 @@ class LocalEngine:
     def _empty_cache(self, rows: int) -> None:
         """Forgets all keys and values; what is known of the rows is fed again."""
         self._cache = self._a.cache()
-        self._runner = Runner(self._a.loaded)
+        self._runner = Runner(self._a.loaded, self._a.compiled)
         self._prefixes.clear()
         for sequence in self._rows:
             sequence.cached, sequence.frontier = 0, None

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class Runner:
-    """Feeds a batch's missing tokens to a loaded model."""
+    """Feeds a batch's missing tokens to a loaded model, or to a ``compiled`` form of it in recorded steps."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, compiled: Any = None) -> None:
         self._model = loaded.model
-        self._graphs = DecodeGraphs(loaded.model) if can_record(loaded) else None
+        self._graphs = DecodeGraphs(loaded.model, compiled) if can_record(loaded) else None
 
     def forward(self, batch: Batch, cache: Any, layout: Layout) -> Output:
         """Logits [M, V] of the last token of each ready row, float32 (float64 stays)."""
