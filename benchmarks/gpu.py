@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-peers", action="store_true", help="ours alone")
     parser.add_argument("--profile", action="store_true", help="where the time of twenty steps goes")
     options = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("llama_infer").setLevel(logging.INFO)  # which of two recorded steps was faster
     model = random_model(options.model)
     read = read_limit()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -100,8 +100,8 @@ class Pipeline:
             :attr:`notes` says so.
         prefix_cache: tokens of earlier prompts and answers whose keys and values are kept for prompts that begin
             alike, the least recently used out; 0: none. Make a new pipeline after changing the model's weights.
-        compile: on a CUDA device, try decode steps through torch.compile too, and keep them where they are faster; takes
-            minutes when a number of rows is first decoded.
+        compile: on a CUDA device, try decode steps through torch.compile too, and keep them where they are faster;
+            takes minutes when a number of rows is first decoded.
         local_files_only: use what the hub's cache holds and ask nobody for more.
         trust_remote_code: whether a checkpoint may bring its own code.
 
