@@ -128,8 +128,15 @@ def _compiled(loaded: LoadedModel) -> Any:
             "compiled steps are no faster (see benchmarks/notes.md)"
         )
     import torch
+    from torch._dynamo import config
 
-    return torch.compile(loaded.model.forward)
+    compiled = torch.compile(loaded.model.forward)
+
+    def forward(**arguments: Any) -> Any:
+        with config.patch(recompile_limit=256):  # the same code is compiled for each layer: its number is a constant
+            return compiled(**arguments)
+
+    return forward
 
 
 def _bound(part: Any, context: Context) -> Any:
