@@ -124,8 +124,8 @@ def _compiled(loaded: LoadedModel) -> Any:
     """The model's forward for torch.compile to compile, which it does when it is first called."""
     if not can_record(loaded):
         raise UnsupportedError(
-            f"compile=True is for a model in one piece on a CUDA device; this one is on {loaded.device}. On the CPU "
-            "compiled steps are no faster (see benchmarks/notes.md)"
+            f"compile=True is for a model in one piece on a CUDA device, and this one is on {loaded.device}: "
+            "layers there are kernels that torch.compile does not look into"
         )
     import torch
     from torch._dynamo import config

@@ -55,6 +55,15 @@ class Layout:
     recorded: bool = False
     _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
     _slots: dict[int, Tensor] = field(default_factory=dict)
+    _elsewhere: dict[torch.device, Layout] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> Layout:
+        """The same on another device, for a model whose layers are on several."""
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Layout(self.spans, device)
+        return self._elsewhere[device]
 
     @property
     def decodes(self) -> bool:

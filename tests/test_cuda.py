@@ -104,3 +104,22 @@ def test_a_step_waits_once():
         torch.cuda.set_sync_debug_mode("default")
     waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
     assert not waits, waits[:3]
+
+
+def test_layers_on_several_devices():
+    """As accelerate places them on several GPUs: here the processor serves as the second one."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    prompts = random_prompts(7, seed=5)
+    model = tiny_llama(**SHAPE, num_layers=4)
+    expected = [greedy(model, prompt, 10) for prompt in prompts]
+    for place, layers in (("cuda:0", model.model.layers[:2]), ("cpu", model.model.layers[2:])):
+        for layer in layers:
+            add_hook_to_module(layer.to(place), AlignDevicesHook(torch.device(place)))
+    for module in (model.model.embed_tokens, model.model.rotary_emb):
+        add_hook_to_module(module.to("cuda:0"), AlignDevicesHook(torch.device("cuda:0")))
+    for module in (model.model.norm, model.lm_head):
+        add_hook_to_module(module.to("cuda:0"), AlignDevicesHook(torch.device("cuda:0")))
+    model.hf_device_map = {"one": 0, "other": "cpu"}
+    answers = Pipeline(model, batch_size=4)(prompts, temperature=0, max_new_tokens=10)
+    assert [answer.token_ids for answer in answers] == expected

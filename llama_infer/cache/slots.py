@@ -161,7 +161,7 @@ class SlotLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes the packed tokens [1, kv heads, N, head_dim] where they belong; returns all rows up to the width."""
-        layout = self.layout
+        layout = self.layout.on(key_states.device)
         rows, width = len(layout.spans), layout.width
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -187,7 +187,8 @@ class SlotLayer(DynamicLayer):
         """Slots ``targets`` get the first ``width`` tokens of ``sources``; slots hold ``lengths`` so far."""
         self._fit(self._keys, self._values, lengths)
         for buffer in self._keys + self._values:
-            buffer[targets, :, :width] = buffer[sources, :, :width]
+            to, of = targets.to(buffer.device), sources.to(buffer.device)
+            buffer[to, :, :width] = buffer[of, :, :width]
 
     def copy(self, row: int, start: int, end: int) -> tuple[Tensor, ...]:
         return tuple(buffer[row, :, start:end].clone() for buffer in self._keys + self._values)

@@ -101,6 +101,7 @@ def _packed_attention(
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{type(module).__name__} uses {name}: run it with cache='plain'")
+    layout = layout.on(query.device)
     tokens = query[0].transpose(0, 1)
     if kernel == "sdpa" and kernels.ragged_serves(tokens, key, value):
         return kernels.ragged(tokens, key, value, layout, sliding_window, scaling)[None], None
