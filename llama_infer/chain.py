@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,7 +88,7 @@ class Chain:
         stages = self._stages(batch)
         if not stages.lends or not _is_writable(logits):
             return self._run(stages, logits, batch)
-        with _restored(logits, batch.tokens.clamp(min=0)):
+        with _restored(logits, batch.tokens):
             return self._run(stages, logits, batch, writable=True)
 
     def _run(self, stages: _Stages, logits: Tensor, batch: Batch, writable: bool = False) -> Choice:
@@ -121,20 +122,20 @@ class Chain:
 
     def _choose(self, logits: Tensor, batch: Batch, tail: Sequence[Any], window: int) -> Tensor:
         """The rest of the chain on a window; rows whose candidates it does not hold are done in full."""
-        candidates = Candidates.of(logits, window)
-        for part in tail:
-            candidates = part.narrow(candidates, batch)
-        index: Tensor = self.sampler.choose(candidates, batch)[:, None]  # type: ignore[attr-defined]
-        tokens, chosen = candidates.ids.gather(1, index)[:, 0], candidates.values.gather(1, index)[:, 0]
-        known = (candidates.fits & candidates.complete)[:, 0]
-        if bool((known & (chosen.abs() < torch.inf)).all()):
-            return tokens
-        rows = (~known).nonzero()[:, 0]
-        if not len(rows):
-            return _code(tokens, chosen)
+        with np.errstate(all="ignore"):  # NaN and infinities are found at the end
+            candidates = Candidates.of(logits, window)
+            for part in tail:
+                candidates = part.narrow(candidates, batch)
+            index = self.sampler.choose(candidates, batch)  # type: ignore[attr-defined]
+            at = np.arange(len(index)), index
+            ids, chosen = candidates.ids[at], candidates.values[at]
+            known = (candidates.fits & candidates.complete)[:, 0]
+        coded = _code(torch.from_numpy(ids), torch.from_numpy(chosen))
+        if known.all():
+            return coded
+        rows = torch.from_numpy(np.flatnonzero(~known))
         some = batch.select(rows)
-        scores = _apply(tail, logits[rows], some)
-        return _code(tokens, chosen).scatter(0, rows, self._sample(scores, some))
+        return coded.scatter(0, rows, self._sample(_apply(tail, logits[rows], some), some))
 
     def _sample(self, scores: Tensor, batch: Batch) -> Tensor:
         """The sampler's choice or a code in each row."""
@@ -176,9 +177,10 @@ def _is_writable(logits: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _restored(logits: Tensor, ids: Tensor) -> Iterator[None]:
-    """Whatever is written into the logits at ``ids`` [R, K] is undone: that costs as much as the history is long, a
-    copy as much as the vocabulary is large."""
+def _restored(logits: Tensor, tokens: Tensor) -> Iterator[None]:
+    """Whatever is written into the logits at the known ``tokens`` [R, T] is undone: that costs as much as the history
+    is long, a copy as much as the vocabulary is large."""
+    ids = tokens.clamp(min=0)
     before = logits.gather(1, ids)
     try:
         yield
@@ -231,11 +233,18 @@ def hashable(value: Any) -> Any:
 def _code_failures(tokens: Tensor, scores: Tensor) -> Tensor:
     """The tokens, or a code where there is none. One look at the chosen scores tells all: argmax prefers NaN and +inf
     to anything else, and -inf to nothing."""
+    if tokens.device.type == "cpu":  # a look costs nothing, and nearly always finds nothing
+        ids = tokens.numpy()
+        if ((ids >= 0) & (ids < scores.shape[1])).all():
+            return _code(tokens, torch.from_numpy(scores.numpy()[np.arange(len(ids)), ids]))
     valid = tokens.clamp(0, scores.shape[1] - 1)
     return torch.where(valid != tokens, OUT_OF_RANGE, _code(tokens, scores.gather(1, valid[:, None])[:, 0]))
 
 
 def _code(tokens: Tensor, chosen: Tensor) -> Tensor:
+    """The tokens, or a code where the ``chosen`` score of one is not finite."""
+    if tokens.device.type == "cpu" and np.isfinite(chosen.numpy()).all():
+        return tokens
     coded = torch.where(chosen == -torch.inf, EXCLUDED, tokens)
     return torch.where(chosen.isnan() | (chosen == torch.inf), NON_FINITE, coded)
 

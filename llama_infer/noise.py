@@ -26,6 +26,7 @@ def _signed(value: int) -> int:
 
 _UNSIGNED = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _GAMMA, _C1, _C2 = map(_signed, _UNSIGNED)
+_ALL_BITS = (1 << 64) - 1
 _WORD_GAMMA, _WORD_C1, _WORD_C2 = map(np.uint64, _UNSIGNED)
 _1, _27, _30, _31, _32 = map(np.uint64, (1, 27, 30, 31, 32))
 _BELOW_ONE = np.float32(1 - 2.0**-24)
@@ -51,29 +52,43 @@ def mix_words(x: Words) -> Words:
 
 def key(seed: Tensor, branch: Tensor, position: Tensor, stream: str) -> Tensor:
     """int64 [R] keys of the rows' streams; each argument but the name is int64 [R]."""
-    name = _name_word(stream)
     if seed.device.type != "cpu":
-        return tensor_key(seed, branch, position, _signed(int(name)))
-    state = mix_words(_row_state(seed, branch) + words(position) * _WORD_GAMMA)
-    return torch.from_numpy(mix_words(state + name).view(np.int64))
+        return tensor_key(seed, branch, position, _signed(_name_word(stream)))
+    return torch.from_numpy(row_keys(seed, branch, position, stream).view(np.int64))
+
+
+def row_keys(seed: Tensor, branch: Tensor, position: Tensor, stream: str) -> Words:
+    """The same on the CPU. In Python's integers: a row takes a microsecond, an operation on an array as long."""
+    name, states = _name_word(stream), _row_states(seed, branch)
+    steps = zip(states, position.tolist(), strict=True)
+    return np.array([_mix(_mix(state + at * _UNSIGNED[0]) + name) for state, at in steps], dtype=np.uint64)
+
+
+def _mix(x: int) -> int:
+    """:func:`mix` of one number, whatever its size, as an unsigned one."""
+    x &= _ALL_BITS
+    x = (x ^ x >> 30) * _UNSIGNED[1] & _ALL_BITS
+    x = (x ^ x >> 27) * _UNSIGNED[2] & _ALL_BITS
+    return x ^ x >> 31
 
 
 @cache
-def _name_word(stream: str) -> np.uint64:
-    return np.uint64(zlib.crc32(stream.encode()) * _UNSIGNED[0] % (1 << 64))
+def _name_word(stream: str) -> int:
+    return zlib.crc32(stream.encode()) * _UNSIGNED[0] & _ALL_BITS
 
 
-def _row_state(seed: Tensor, branch: Tensor) -> Words:
+def _row_states(seed: Tensor, branch: Tensor) -> list[int]:
     """What is the same in every step of a row; kept for the rows that asked last."""
     global _kept
     kept = _kept
     if kept is None or kept[0] is not seed or kept[1] is not branch:
-        state = mix_words(mix_words(words(seed) + _WORD_GAMMA) + words(branch) * _WORD_GAMMA)
-        kept = _kept = (seed, branch, state)
+        rows = zip(seed.tolist(), branch.tolist(), strict=True)
+        gamma = _UNSIGNED[0]
+        kept = _kept = (seed, branch, [_mix(_mix(s + gamma) + b * gamma) for s, b in rows])
     return kept[2]
 
 
-_kept: tuple[Tensor, Tensor, Words] | None = None
+_kept: tuple[Tensor, Tensor, list[int]] | None = None
 
 
 def tensor_key(seed: Tensor, branch: Tensor, position: Tensor, name: int) -> Tensor:
@@ -114,4 +129,18 @@ def tensor_uniform(keys: Tensor, index: Tensor) -> Tensor:
 
 def gumbel(uniform: Tensor) -> Tensor:
     """Standard Gumbel noise from uniform noise; ``argmax(logits + gumbel)`` draws from softmax(logits)."""
+    if uniform.device.type == "cpu":
+        return torch.from_numpy(_gumbel(uniform.numpy().copy()))
     return (-uniform).log1p_().neg_().log_().neg_()
+
+
+def gumbel_of(drawn: Words) -> NDArray[np.float32]:
+    """:func:`gumbel` of what :func:`bits` gave."""
+    return _gumbel(fraction(drawn))
+
+
+def _gumbel(uniform: NDArray[np.float32]) -> NDArray[np.float32]:
+    """In place."""
+    for step in (np.negative, np.log1p, np.negative, np.log, np.negative):
+        step(uniform, out=uniform)
+    return uniform

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .batch import Batch
-    from .candidates import Candidates
+    from .candidates import Array, Candidates
     from .noise import Words
 
 _STREAM = "categorical"
@@ -62,14 +62,19 @@ class Categorical:
             drawn = argmax(logits).where(batch["temperature"] == 0, drawn)
         return drawn
 
-    def choose(self, candidates: Candidates, batch: Batch) -> Tensor:
+    def choose(self, candidates: Candidates, batch: Batch) -> Array:
         """The same on candidates: int64 [R], where in the window the choice is."""
+        import numpy as np
+
+        from . import noise
+        from .candidates import column
+
         scores = candidates.values
         if batch.all_equal("temperature", 0.0):
             return candidates.index_of_best(scores)
-        noisy = scores + _gumbel(batch, candidates.ids)
+        noisy = scores + noise.gumbel_of(noise.bits(_keys(batch)[:, None], candidates.ids.view(np.uint64)))
         if 0.0 in batch.values.get("temperature", {0.0}):
-            noisy = scores.where((batch["temperature"] == 0)[:, None], noisy)
+            noisy = np.where(column(batch, "temperature") == 0, scores, noisy)
         return candidates.index_of_best(noisy)
 
 
@@ -82,7 +87,7 @@ def _draw_from_all(logits: Tensor, batch: Batch) -> Tensor:
     if logits.device.type != "cpu":
         ids = torch.arange(logits.shape[1], device=logits.device)
         return argmax(logits + noise.gumbel(batch.uniform(_STREAM, ids)))
-    keys = noise.words(noise.key(batch.seed, batch.branch, batch.position, _STREAM))
+    keys = _keys(batch)
     return torch.tensor([_draw(row, keys[at : at + 1]) for at, row in enumerate(logits)])
 
 
@@ -93,26 +98,25 @@ def _draw(logits: Tensor, key: Words) -> int:
     the likeliest token to it, or a logit that the largest noise lifts to it: both, or it cannot.
     """
     import numpy as np
-    import torch
 
     from . import noise
 
-    def noisy(ids: Any) -> Tensor:
-        return logits[ids] + noise.gumbel(torch.from_numpy(noise.fraction(drawn[ids])))
+    def noisy(ids: Any) -> Any:
+        return values[ids] + noise.gumbel_of(drawn[ids])
 
     drawn, values = noise.bits(key, _numbers(len(logits))), logits.numpy()
     likeliest, luckiest = int(values.argmax()), int(drawn.argmin())
     peak = float(values[likeliest])
     if not math.isfinite(peak):  # NaN and infinities are the chain's to find
-        return int((logits + noise.gumbel(torch.from_numpy(noise.fraction(drawn)))).argmax())
+        return int((values + noise.gumbel_of(drawn)).argmax())
     mark = float(noisy(np.array([likeliest, luckiest])).max())
     mark -= 1e-3 + 1e-6 * (abs(mark) + abs(peak))  # more than rounding can do
-    largest_noise = float(noise.gumbel(torch.from_numpy(noise.fraction(drawn[luckiest : luckiest + 1]))))
+    largest_noise = float(noise.gumbel_of(drawn[luckiest : luckiest + 1])[0])
     # The noise falls as the fraction that it is made of grows: at least mark - peak up to this one.
     fraction = -math.expm1(-math.exp(min(peak - mark, 700.0)))
     able = (drawn <= np.uint64(min(fraction * (1 + _ROUNDING), 1.0) * 2.0**32)) & (values >= mark - largest_noise)
     ids = np.flatnonzero(able)
-    return int(ids[int(noisy(ids).argmax())])
+    return int(ids[noisy(ids).argmax()])
 
 
 @cache
@@ -123,7 +127,8 @@ def _numbers(vocab_size: int) -> Words:
     return np.arange(vocab_size, dtype=np.uint64)
 
 
-def _gumbel(batch: Batch, ids: Tensor) -> Tensor:
+def _keys(batch: Batch) -> Words:
+    """The rows' streams, uint64 [R]."""
     from . import noise
 
-    return noise.gumbel(batch.uniform(_STREAM, ids))
+    return noise.row_keys(batch.seed, batch.branch, batch.position, _STREAM)

@@ -151,8 +151,9 @@ def check_narrow(part: Any, logits: torch.Tensor, batch: Batch, out: torch.Tenso
     """On windows of any size: where the part says that it knows, exactly the plain call's tokens stay."""
     for count in (1, 5, 64, 300, logits.shape[1]):
         narrowed = part.narrow(Candidates.of(logits, count), batch)
-        known = (narrowed.fits & narrowed.complete)[:, 0]
-        full = torch.full_like(logits, -math.inf).scatter(1, narrowed.ids, narrowed.values)
+        known = torch.from_numpy((narrowed.fits & narrowed.complete)[:, 0])
+        ids, values = torch.from_numpy(narrowed.ids), torch.from_numpy(narrowed.values)
+        full = torch.full_like(logits, -math.inf).scatter(1, ids, values)
         assert torch.equal(full[known], out[known]), f"a window of {count} gives something else"
         if count >= logits.shape[1]:
             assert known.all(), "all tokens are in the window and the part is still not sure"

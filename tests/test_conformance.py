@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -288,9 +289,14 @@ class Keep:
     def __call__(self, logits, batch):
         return logits.masked_fill(logits < self.limit(logits, batch), -math.inf)
 
+    def on(self, candidates, batch):
+        """The limit of a window, and the rows whose k is inside of it."""
+        limit = self.limit(candidates.tensor(), batch).numpy()
+        return limit, (batch["keep"].numpy() <= candidates.values.shape[1])[:, None]
+
     def narrow(self, candidates, batch):
-        limit = self.limit(candidates.values, batch)
-        inside = (candidates.values[:, -1:] < limit) & (batch["keep"] <= candidates.values.shape[1])[:, None]
+        limit, reached = self.on(candidates, batch)
+        inside = (candidates.values[:, -1:] < limit) & reached
         return candidates.need(inside | (limit == -math.inf)).keep(candidates.values >= limit, inside)
 
 
@@ -299,17 +305,18 @@ class Keep:
     [
         (Keep.narrow, None),
         (
-            lambda self, c, b: c.keep(c.values > self.limit(c.values, b), torch.zeros_like(c.complete)),
+            lambda self, c, b: c.keep(c.values > self.on(c, b)[0], np.zeros_like(c.complete)),
             "differs from the plain call",
         ),
         (
-            lambda self, c, b: c.need(b["keep"][:, None] <= c.values.shape[1]).keep(
-                c.values >= self.limit(c.values, b), torch.ones_like(c.complete)
-            ),
+            lambda self, c, b: c.need(self.on(c, b)[1]).keep(c.values >= self.on(c, b)[0], np.ones_like(c.complete)),
             "said complete",
         ),
-        (lambda self, c, b: c.keep(c.values == c.values, torch.zeros_like(c.complete)), "differs from the plain call"),
-        (lambda self, c, b: c.keep(c.values.mul_(2) > 0, c.complete), "wrote into the candidates"),
+        (lambda self, c, b: c.keep(c.values == c.values, np.zeros_like(c.complete)), "differs from the plain call"),
+        (
+            lambda self, c, b: c.keep(np.multiply(c.values, 2, out=c.values) > 0, c.complete),
+            "wrote into the candidates",
+        ),
         (lambda self, c, b: type(c).of(c.everything(), 1), "changed which tokens"),
     ],
 )

@@ -40,12 +40,13 @@ class _WindowedCutoff(_Cutoff):
 
     def narrow(self, candidates: Candidates, batch: Batch) -> Candidates:
         """The same on candidates: the limit comes from the window where that is complete, else from all tokens."""
-        values = candidates.values
-        limit = self._limit(values, batch)
-        if not (candidates.whole or bool(candidates.complete.all())):
-            limit = limit.where(candidates.complete, self._limit(candidates.everything(), batch))
-        limit = limit.to(values.dtype)
-        return candidates.cut(limit, limit == -math.inf)
+        import torch
+
+        limit = self._limit(candidates.tensor(), batch)
+        if not (candidates.whole or candidates.complete.all()):
+            limit = limit.where(torch.from_numpy(candidates.complete), self._limit(candidates.everything(), batch))
+        limits = limit.numpy().astype(candidates.values.dtype)
+        return candidates.cut(limits, limits == -math.inf)
 
 
 class EpsilonCutoff(_WindowedCutoff):
@@ -223,7 +224,7 @@ class TopH:
     def narrow(self, candidates: Candidates, batch: Batch) -> Candidates:
         """The same on candidates; ties of the last one must end inside the window."""
         values = candidates.values
-        last = self._last(values[:, :_TOP_H_WINDOW], batch)
+        last = self._last(candidates.tensor()[:, :_TOP_H_WINDOW], batch).numpy()
         inside = (values[:, -1:] < last) & (values.shape[1] >= _TOP_H_WINDOW)
         return candidates.need(inside | (last == -math.inf)).keep(~(values < last), inside)
 

@@ -7,8 +7,8 @@ written back in place, into the copy of the logits that the chain hands to a par
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..parts import Param, Trait
 from ..types import Value
@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..batch import Batch
+    from ..candidates import Array
 
 IN_PLACE: frozenset[Trait] = frozenset({"row_independent"})
 """The traits of a part that writes into the logits that it is given."""
 HISTORY_ONLY: frozenset[Trait] = IN_PLACE | {"history_only"}
 """The traits of one that writes at the tokens of the history only."""
+_FEW = 8
 NO_TOKEN = -2
 """What :func:`last_tokens` has where a row is too short; differs from every token and from the table's padding."""
 
@@ -60,6 +62,8 @@ class RepetitionPenalty:
         """[R, V] -> [R, V], in place."""
         if batch.width == 0:
             return logits
+        if _are_few(logits):
+            return _by_row(_discourage, logits, batch, self.name, batch["penalty_last_n"].tolist())
         penalty = batch["repetition_penalty"].to(logits.dtype)
         counted = within_last(batch, "penalty_last_n")
         if counted is None:
@@ -95,6 +99,8 @@ class PresencePenalty:
         """[R, V] -> [R, V], in place."""
         if batch.width == 0:
             return logits
+        if _are_few(logits):
+            return _by_row(_lower, logits, batch, self.name)
         penalty = batch["presence_penalty"].to(logits.dtype).masked_fill(batch.length <= batch.prompt_length, 0.0)
         ids = _only(batch, batch.generated())
         return logits.scatter_(1, ids, logits.gather(1, ids) - penalty[:, None])
@@ -122,6 +128,8 @@ class FrequencyPenalty:
         """[R, V] -> [R, V], in place."""
         if batch.width == 0:
             return logits
+        if _are_few(logits):
+            return _by_row(_lower_each_time, logits, batch, self.name)
         penalty = batch["frequency_penalty"].to(logits.dtype)[:, None]
         return logits.scatter_add_(1, batch.tokens.clamp(min=0), -penalty * batch.generated())
 
@@ -178,3 +186,48 @@ def _only(batch: Batch, counted: Tensor) -> Tensor:
     tokens = batch.tokens
     last = tokens.gather(1, (batch.length - 1).clamp(min=0)[:, None]).clamp(min=0)
     return tokens.where(counted, last)
+
+
+def _are_few(logits: Tensor) -> bool:
+    """Whether numpy is faster, row by row: at so few rows an operation of torch's is all overhead."""
+    return logits.device.type == "cpu" and logits.shape[0] <= _FEW
+
+
+def _by_row(
+    change: Callable[[Array, Array, Any], None],
+    logits: Tensor,
+    batch: Batch,
+    name: str,
+    last: Sequence[int] | None = None,
+) -> Tensor:
+    """Calls ``change(row, ids, penalty)`` for each row, to write to its logits at the tokens that count: the ``last``
+    so many (below 0: all); None: those of the answer. The penalty is the row's parameter ``name``."""
+    import numpy as np
+
+    lengths = batch.length.tolist()
+    if last is None:
+        firsts = batch.prompt_length.tolist()
+    else:
+        firsts = [0 if count < 0 else max(0, length - count) for count, length in zip(last, lengths, strict=True)]
+    rows = zip(logits.numpy(), batch.tokens.numpy(), firsts, lengths, batch[name].numpy(), strict=True)
+    with np.errstate(all="ignore"):
+        for row, tokens, first, length, penalty in rows:
+            change(row, tokens[first:length], penalty)
+    return logits
+
+
+def _discourage(row: Array, ids: Array, penalty: Any) -> None:
+    import numpy as np
+
+    scores = row[ids]
+    row[ids] = np.where(scores < 0, scores * penalty, scores / penalty)
+
+
+def _lower(row: Array, ids: Array, penalty: Any) -> None:
+    row[ids] = row[ids] - penalty
+
+
+def _lower_each_time(row: Array, ids: Array, penalty: Any) -> None:
+    import numpy as np
+
+    np.subtract.at(row, ids, penalty)

@@ -143,12 +143,16 @@ class TailFree:
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> [R, V]."""
-        from ..candidates import Candidates
+        from ..candidates import likeliest
         from .moments import descending, drop_below
 
-        near = Candidates.of(logits, _WINDOW if logits.device.type == "cpu" else logits.shape[1])
-        last, known = self._last(near.values, near.complete, batch)
-        if not (near.whole or bool(known.all())):
+        if logits.device.type != "cpu":  # no look at what a window holds: that would wait for the device
+            best = descending(logits)
+            return drop_below(logits, self._last(best, best[:, :1] == best[:, :1], batch)[0])
+        best = likeliest(logits, _WINDOW)[0]
+        whole = best.shape[1] == logits.shape[1]
+        last, known = self._last(best, (best[:, -1:] == -math.inf) | whole, batch)
+        if not bool(known.all()):
             rows = (~known[:, 0]).nonzero()[:, 0]
             exact = self._last(descending(logits[rows]), known[rows] | True, batch.select(rows))[0]
             last = last.index_copy(0, rows, exact)
@@ -156,8 +160,11 @@ class TailFree:
 
     def narrow(self, candidates: Candidates, batch: Batch) -> Candidates:
         """The same on candidates; ties of the last one must end inside the window."""
+        import torch
+
         values = candidates.values
-        last, known = self._last(values, candidates.complete, batch)
+        found = self._last(candidates.tensor(), torch.from_numpy(candidates.complete), batch)
+        last, known = found[0].numpy(), found[1].numpy()
         inside = (values[:, -1:] < last) & known
         return candidates.need(inside | (known & (last == -math.inf))).keep(~(values < last), inside)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _SHIFT_BELOW = 1e-3
 _SMALLEST = 1e-30
+_UNKNOWN: frozenset[Hashable] = frozenset({0.0})
 
 
 class Temperature:
@@ -40,7 +41,13 @@ class Temperature:
 
     def narrow(self, candidates: Candidates, batch: Batch) -> Candidates:
         """The same on candidates."""
-        values = _divided(candidates.values, candidates.values[:, :1], batch)
+        if _any_tiny(batch.values.get("temperature", _UNKNOWN)):
+            scores = candidates.tensor()
+            values = _divided(scores, scores[:, :1], batch).numpy()
+        else:
+            from ..candidates import column
+
+            values = candidates.values / column(batch, "temperature")
         return candidates._replace(values=values, everything=cache(lambda: self(candidates.everything(), batch)))
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -52,7 +59,7 @@ def _divided(logits: Tensor, largest: Tensor | None, batch: Batch) -> Tensor:
     """The quotients. Where a temperature is tiny, with its row's ``largest`` logit at 0: no probability changes by that
     and quotients stay finite."""
     temperature = batch["temperature"].to(logits.dtype)[:, None]
-    if not _any_tiny(batch.values.get("temperature", frozenset({0.0}))):
+    if not _any_tiny(batch.values.get("temperature", _UNKNOWN)):
         return logits / temperature
     divisor = temperature.clamp(min=_SMALLEST).masked_fill(temperature == 0, 1.0)
     shift = logits.amax(-1, keepdim=True) if largest is None else largest

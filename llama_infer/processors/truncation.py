@@ -44,10 +44,11 @@ class TopK:
 
     def narrow(self, candidates: Candidates, batch: Batch) -> Candidates:
         """The same on candidates; ties of the last one must end inside the window."""
+        from ..candidates import column
+
+        last = self._last(candidates.tensor(), batch).numpy()
         every_row = 0 not in batch.values.get("top_k", {0})
-        return candidates.cut(
-            self._last(candidates.values, batch), None if every_row else (batch["top_k"] == 0)[:, None]
-        )
+        return candidates.cut(last, None if every_row else column(batch, "top_k") == 0)
 
     def _last(self, best: Tensor, batch: Batch) -> Tensor:
         """The smallest logit that stays, [R, 1], of the likeliest in descending order; -inf where all of them do."""
@@ -94,19 +95,24 @@ class TopP:
 
     def narrow(self, candidates: Candidates, batch: Batch) -> Candidates:
         """The same on candidates."""
-        from .moments import held, mass, wide
+        import numpy as np
+        import torch
 
-        values, top_p = candidates.values, self._share(batch)
-        weights = wide((values - values[:, :1]).exp())
+        from ..candidates import column
+        from .moments import mass
+
+        values, share = candidates.values, column(batch, "top_p").astype(np.float64)
+        # torch's exp, as on whole rows: the last bit may decide.
+        weights = torch.from_numpy(values - values[:, :1]).exp_().numpy().astype(np.float64)
         gathered = weights.cumsum(-1)
         total = gathered[:, -1:]
-        if not (candidates.whole or bool(candidates.complete.all())):
-            total = total.where(candidates.complete, mass(candidates.everything()))
-        last = values.gather(1, held(weights, gathered, top_p * total) - 1)
+        if not (candidates.whole or candidates.complete.all()):
+            total = np.where(candidates.complete, total, mass(candidates.everything()).numpy())
+        held = np.maximum((gathered - weights < share * total).sum(-1), 1)
+        last = values[np.arange(len(values)), held - 1][:, None]
         if 1.0 not in batch.values.get("top_p", {1.0}):
             return candidates.cut(last)
-        everything = top_p >= 1
-        return candidates.cut(last.masked_fill(everything, -math.inf), everything)
+        return candidates.cut(np.where(share >= 1, -np.inf, last), share >= 1)
 
     def _share(self, batch: Batch) -> Tensor:
         from .moments import wide
@@ -137,7 +143,7 @@ class MinP:
 
     def narrow(self, candidates: Candidates, batch: Batch) -> Candidates:
         """The same on candidates."""
-        limit = self._limit(candidates.values[:, :1], batch)
+        limit = self._limit(candidates.tensor()[:, :1], batch).numpy()
         return candidates.cut(limit, None if 0.0 not in batch.values.get("min_p", {0.0}) else limit == -math.inf)
 
     def _limit(self, largest: Tensor, batch: Batch) -> Tensor:

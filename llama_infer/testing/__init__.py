@@ -11,8 +11,9 @@ for a criterion, :func:`sampling_step` a callable for benchmarks.
 """
 
 from .cases import FakeSequence, make_rows, sampling_step
-from .conformance import ConformanceError, check_import, check_processor, check_sampler
+from .conformance import check_import, check_processor, check_sampler
 from .criteria import check_stopping
+from .declarations import ConformanceError
 from .models import CHAT_TEMPLATE, CONTROL_TOKENS, VOCAB_SIZE, byte_tokenizer, tiny_llama
 
 __all__ = [

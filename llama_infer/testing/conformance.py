@@ -13,13 +13,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import LlamaInferError, ParameterError
-from ..parameters import ENGINE_PARAMS
-from ..parts import Param, Trait
+from ..parts import Param
 from ..types import Value
-from .cases import SHAPES, bind, draw_rows, make_histories, make_logits, make_rows, pools, resolve_part
+from .cases import SHAPES, bind, draw_rows, make_histories, make_logits, make_rows, resolve_part
+from .declarations import ConformanceError, check_declarations, conformance_error, declared_by, traits_of
+from .windows import check_choose, check_narrow
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
 
 _VOCABULARIES = (2, 33, 1500)
 _STEPS = 3
-
-
-class ConformanceError(LlamaInferError, AssertionError):
-    """A part broke a promise. The message says which, in which case, and how to see it again."""
 
 
 def check_processor(part: Any, /, *, seed: int = 0, **params: Any) -> None:
@@ -69,7 +66,7 @@ def check_import(part: Any, /) -> None:
 
 
 @dataclass(frozen=True)
-class _Trial:
+class Trial:
     """One case: a bound part, and rows of logits for each step, with their parameters and histories."""
 
     part: Any
@@ -123,24 +120,14 @@ class _Temperature:
 _TEMPERATURE = _Temperature()
 
 
-def conformance_error(kind: str, part: Any, promise: str, where: str, seed: int) -> ConformanceError:
-    return ConformanceError(
-        f"{kind} {_name(part)}: {promise}. Seen with {where}; check_{kind}(..., seed={seed}) shows it"
-    )
-
-
-def _name(part: Any) -> str:
-    return str(getattr(part, "name", None) or getattr(part, "__name__", None) or type(part).__name__)
-
-
 def _check(
-    kind: str, part: Any, seed: int, given: Mapping[str, Any], check: Callable[[_Trial, Tensor, Batch, Tensor], None]
+    kind: str, part: Any, seed: int, given: Mapping[str, Any], check: Callable[[Trial, Tensor, Batch, Tensor], None]
 ) -> None:
     import torch
 
     found = resolve_part(kind, part)
     tried = check_declarations(kind, found, seed, given)
-    greedy = kind == "sampler" and "greedy_at_zero" in _traits(found)
+    greedy = kind == "sampler" and "greedy_at_zero" in traits_of(found)
     if kind == "sampler":
         tried = {"temperature": [0.0, 0.7, 1.0] if greedy else [0.7, 1.0], **tried}
     draw = random.Random(seed)
@@ -158,7 +145,7 @@ def _check(
             tokens, prompts = make_histories(len(rows), vocab_size, draw)
             logits = [make_logits(SHAPES, vocab_size, draw, dtype) for _ in range(_STEPS)]
             compare = _differ if kind == "processor" else torch.ne
-            trial = _Trial(bound, kind, seed, vocab_size, SHAPES, rows, tokens, prompts, logits, compare)
+            trial = Trial(bound, kind, seed, vocab_size, SHAPES, rows, tokens, prompts, logits, compare)
             _check_trial(trial, check, company=number < 3)
     if refused:
         raise next(iter(refused.values()))
@@ -210,89 +197,31 @@ def _goes_together(part: Any, row: Mapping[str, Value]) -> bool:
     return True
 
 
-def declared_by(part: Any) -> Mapping[str, Param]:
-    declared: Mapping[str, Param] = getattr(part, "params", {})
-    return declared
-
-
-def _traits(part: Any) -> frozenset[str]:
-    return frozenset(getattr(part, "traits", ()))
-
-
-def check_declarations(kind: str, part: Any, seed: int, given: Mapping[str, Any]) -> dict[str, list[Value]]:
-    """The part's parameters and traits themselves; returns the values to try."""
-
-    def fail(promise: str, where: str) -> ConformanceError:
-        return conformance_error(kind, part, promise, where, seed)
-
-    unknown = _traits(part) - set(get_args(Trait))
-    if unknown:
-        raise fail("unknown traits are claimed", ", ".join(sorted(unknown)))
-    if "stateful" in _traits(part) and not hasattr(part, "state"):
-        raise fail("it claims to be stateful and has no state()", "its traits")
-    for name, param in declared_by(part).items():
-        if not isinstance(param, Param):
-            raise fail("a parameter is declared by a Param", f"{name}={param!r}")
-        for word, value in (("default", param.default), ("neutral value", param.neutral)):
-            try:
-                if value is not None:
-                    param.validate(name, value)
-            except ParameterError as error:
-                raise fail(f"the {word} of {name} is refused", str(error)) from error
-        for odd in _odd_values(param):
-            _check_refusal(fail, name, param, odd)
-    declared = {**ENGINE_PARAMS, **declared_by(part)} if kind == "stopping" else declared_by(part)
-    return {
-        name: values for name, values in pools(declared, given).items() if name in declared_by(part) or name in given
-    }
-
-
-def _odd_values(param: Param) -> list[Value]:
-    """Values of the parameter's type, and not, that a request might bring."""
-    odd: dict[type, list[Value]] = {
-        float: [float("nan"), float("inf"), -float("inf"), -1.0, 1e300],
-        int: [-1, 1 << 62, 0.5],
-        str: ["", "\0"],
-        tuple: [(None,), (float("nan"),), ("",), (-1,), ((),)],
-        dict: [{None: None}, {"": float("nan")}, {-1: ()}],
-    }
-    return [*odd.get(param.type, []), None, object(), []]
-
-
-def _check_refusal(fail: Callable[[str, str], ConformanceError], name: str, param: Param, value: Value) -> None:
-    try:
-        param.validate(name, value)
-    except ParameterError:
-        return
-    except Exception as error:
-        raise fail(f"a bad value of {name} is a ParameterError, not a {type(error).__name__}", f"{value!r}") from error
-
-
-def _check_trial(trial: _Trial, check: Callable[[_Trial, Tensor, Batch, Tensor], None], company: bool = True) -> None:
+def _check_trial(trial: Trial, check: Callable[[Trial, Tensor, Batch, Tensor], None], company: bool = True) -> None:
     everything = trial.everything
     batch = trial.batch(everything)
     _check_state(trial, batch)
     out = _call(trial, trial.logits[0], batch)
     check(trial, trial.logits[0], batch, out)
     trial.fail_rows(trial.compare(out, _call(trial, trial.logits[0], batch)), "the same call gave another result")
-    alone = not hasattr(trial.part, "traits") or "row_independent" in _traits(trial.part)
+    alone = not hasattr(trial.part, "traits") or "row_independent" in traits_of(trial.part)
     if alone and company:
         _check_company(trial)
     else:
         _run(trial, batch, everything)
 
 
-def _check_state(trial: _Trial, batch: Batch) -> None:
+def _check_state(trial: Trial, batch: Batch) -> None:
     if not hasattr(trial.part, "state"):
         return
     names = set(trial.part.state(batch))
     if names & set(declared_by(trial.part)):
         trial.fail("a state column has the name of a parameter")
-    if names and hasattr(trial.part, "traits") and "stateful" not in _traits(trial.part):
+    if names and hasattr(trial.part, "traits") and "stateful" not in traits_of(trial.part):
         trial.fail("it has state columns and does not claim to be stateful")
 
 
-def _call(trial: _Trial, logits: Tensor, batch: Batch) -> Tensor:
+def _call(trial: Trial, logits: Tensor, batch: Batch) -> Tensor:
     """The part's result, checked for what holds whatever it does."""
     import torch
 
@@ -308,9 +237,9 @@ def _call(trial: _Trial, logits: Tensor, batch: Batch) -> Tensor:
     if not isinstance(out, torch.Tensor) or (out.dtype, out.shape) != expected or out.device != logits.device:
         what = f"{out.dtype} {list(out.shape)}" if isinstance(out, torch.Tensor) else type(out).__name__
         trial.fail(f"it returned {what}; shape, dtype and device are to be {expected[0]} {list(expected[1])}")
-    if "pure" in _traits(trial.part) and not torch.equal(given, logits):
+    if "pure" in traits_of(trial.part) and not torch.equal(given, logits):
         trial.fail("it claims to be pure and wrote into the logits")
-    if "history_only" in _traits(trial.part):
+    if "history_only" in traits_of(trial.part):
         history = torch.zeros_like(logits, dtype=torch.bool).scatter(1, batch.tokens.clamp(min=0), True)
         trial.fail_rows(((given != logits) & ~history).any(-1), "it claims history_only and wrote at another token")
     if not _equal(_contents(batch), before):
@@ -346,7 +275,7 @@ def _differ(left: Tensor, right: Tensor) -> Tensor:
     return ~(close & ((left == -torch.inf) == (right == -torch.inf))).all(-1)
 
 
-def _check_scores(trial: _Trial, logits: Tensor, batch: Batch, out: Tensor) -> None:
+def _check_scores(trial: Trial, logits: Tensor, batch: Batch, out: Tensor) -> None:
     import torch
 
     trial.fail_rows((out.isnan() | (out == torch.inf)).any(-1), "NaN or +inf came out of finite logits")
@@ -357,76 +286,31 @@ def _check_scores(trial: _Trial, logits: Tensor, batch: Batch, out: Tensor) -> N
         unset = all(trial.rows[row][name] == value for name, value in neutral.items())
         if unset and not torch.equal(out[row], logits[row]):
             trial.fail("a row whose parameters are neutral was changed", row)
-    if "keeps_argmax" in _traits(trial.part):
+    if "keeps_argmax" in traits_of(trial.part):
         best = out.gather(1, logits.argmax(-1, keepdim=True))
         lost = (best < out.amax(-1, keepdim=True)) | (best == -torch.inf)
         trial.fail_rows(lost[:, 0], "it claims to keep the argmax, and the likeliest token is it no more")
     if hasattr(trial.part, "narrow"):
         for count in sorted({1, 2, trial.vocab_size // 8, trial.vocab_size // 2, trial.vocab_size} - {0}):
-            _check_narrow(trial, logits, batch, out, count)
+            check_narrow(trial, logits, batch, out, count)
 
 
-def _check_narrow(trial: _Trial, logits: Tensor, batch: Batch, out: Tensor, count: int) -> None:
-    import torch
-
-    from ..candidates import Candidates
-
-    if hasattr(trial.part, "window") and not (isinstance(size := trial.part.window(batch), int) and size >= 0):
-        trial.fail(f"window() is an int, 0 for no idea; given: {size!r}")
-    given = Candidates.of(logits, count)
-    before = given.values.clone()
-    narrowed = trial.part.narrow(given, batch)
-    window = f"on a window of {count}, "
-    if not torch.equal(given.values, before):
-        trial.fail(f"{window}narrow wrote into the candidates")
-    if narrowed.values.shape != before.shape or not torch.equal(narrowed.ids, given.ids):
-        trial.fail(f"{window}narrow changed which tokens are candidates")
-    fits = narrowed.fits[:, 0]
-    differ = trial.compare(narrowed.values, out.gather(1, given.ids))
-    trial.fail_rows(fits & differ, f"{window}narrow said that the window fits, and differs from the plain call")
-    outside = out.scatter(1, given.ids, -torch.inf) > -torch.inf
-    claimed = narrowed.complete[:, 0] & fits
-    trial.fail_rows(
-        claimed & outside.any(-1), f"{window}narrow said complete, and the plain call keeps a token outside"
-    )
-    kept = narrowed.values > -torch.inf
-    full = narrowed.everything().gather(1, given.ids)
-    away = (kept & ~torch.isclose(full, narrowed.values, rtol=1e-5, atol=1e-5)).any(-1)
-    trial.fail_rows(away & fits, f"{window}everything() differs from the candidates that narrow kept")
-
-
-def _check_tokens(trial: _Trial, logits: Tensor, batch: Batch, out: Tensor) -> None:
+def _check_tokens(trial: Trial, logits: Tensor, batch: Batch, out: Tensor) -> None:
     import torch
 
     outside = (out < 0) | (out >= trial.vocab_size)
     trial.fail_rows(outside, "it chose a token outside of the vocabulary")
     excluded = logits.gather(1, out[:, None])[:, 0] == -torch.inf
     trial.fail_rows(excluded, "it chose an excluded token (-inf) although another was left")
-    if "greedy_at_zero" in _traits(trial.part):
+    if "greedy_at_zero" in traits_of(trial.part):
         wrong = (batch["temperature"] == 0) & (out != logits.argmax(-1))
         trial.fail_rows(wrong, "it claims to be greedy at temperature 0 and did not take the (first) likeliest token")
     if hasattr(trial.part, "choose"):
         for count in sorted({1, trial.vocab_size // 8, trial.vocab_size} - {0}):
-            _check_choose(trial, logits, batch, count)
+            check_choose(trial, logits, batch, count, lambda left: _call(trial, left, batch))
 
 
-def _check_choose(trial: _Trial, logits: Tensor, batch: Batch, count: int) -> None:
-    """With only the ``count`` likeliest tokens left, a window on them must give the choice of the plain call."""
-    import torch
-
-    from ..candidates import Candidates
-
-    candidates = Candidates.of(logits, count)
-    left = torch.full_like(logits, -torch.inf).scatter(1, candidates.ids, candidates.values)
-    expected = _call(trial, left, batch)
-    index = trial.part.choose(candidates._replace(complete=torch.ones_like(candidates.complete)), batch)
-    if index.shape != expected.shape or bool(((index < 0) | (index >= count)).any()):
-        trial.fail(f"choose on a window of {count} gave no place in it for each row")
-    chosen = candidates.ids.gather(1, index[:, None])[:, 0]
-    trial.fail_rows(chosen != expected, f"choose on a window of {count} took another token than the plain call")
-
-
-def _choice(trial: _Trial, out: Tensor, row: int, step: int) -> int:
+def _choice(trial: Trial, out: Tensor, row: int, step: int) -> int:
     """The token that the row takes after a step: any that is left."""
     if trial.kind == "sampler":
         return int(out.item())
@@ -435,7 +319,7 @@ def _choice(trial: _Trial, out: Tensor, row: int, step: int) -> int:
     return random.Random(f"{trial.seed} {row} {step}").choice(tokens)
 
 
-def _run(trial: _Trial, batch: Batch, index: Sequence[int]) -> tuple[list[Tensor], list[list[int]]]:
+def _run(trial: Trial, batch: Batch, index: Sequence[int]) -> tuple[list[Tensor], list[list[int]]]:
     """Every step of some rows: results, and the tokens taken after each."""
     results, tokens = [], []
     for step in range(_STEPS):
@@ -446,7 +330,7 @@ def _run(trial: _Trial, batch: Batch, index: Sequence[int]) -> tuple[list[Tensor
     return results, tokens
 
 
-def _advance(trial: _Trial, batch: Batch, out: Tensor, logits: Tensor, tokens: Sequence[int]) -> Batch:
+def _advance(trial: Trial, batch: Batch, out: Tensor, logits: Tensor, tokens: Sequence[int]) -> Batch:
     """The table after the tokens were taken, with what ``accept`` says of the state."""
     import torch
 
@@ -469,7 +353,7 @@ def _advance(trial: _Trial, batch: Batch, out: Tensor, logits: Tensor, tokens: S
     return batch.advance(Plan(chosen[:, None], columns=columns))
 
 
-def _check_company(trial: _Trial) -> None:
+def _check_company(trial: Trial) -> None:
     """A row alone, in a batch, after others joined and rows changed places: the same, step by step."""
     import torch
 

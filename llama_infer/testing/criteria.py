@@ -12,7 +12,7 @@ from ..parameters import ENGINE_PARAMS
 from ..parts import Param, Stop
 from ..types import Value
 from .cases import bind, draw_rows, resolve_part
-from .conformance import check_declarations, conformance_error, declared_by
+from .declarations import check_declarations, conformance_error, declared_by
 
 _ANSWERS = (
     "plain words, one after another",
