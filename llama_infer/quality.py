@@ -19,6 +19,14 @@ PROMPTS = ("What is a llama?", "Tell me a story about a cat.", "为什么要减�
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """Token ids of which the last ``predicted`` are predicted, each from all before it."""
+
+    ids: Sequence[int]
+    predicted: int
+
+
+@dataclass(frozen=True, slots=True)
 class Quality:
     """One model on one text, held against the unquantised one.
 
@@ -55,9 +63,11 @@ def compare(
     Args:
         model: as a pipeline takes it. It and one quantised model at a time are in memory.
         quantization: one policy or several, by name or as objects.
-        text: what is predicted. None: what the unquantised model itself answers to :data:`PROMPTS` at temperature 1.
-        tokens: how much of the text is used.
-        window: tokens that are predicted in one forward, each from those before it in its window.
+        text: what is predicted, all of it. None: what the unquantised model itself answers to :data:`PROMPTS` at
+            temperature 1; the answers alone are predicted, from prompt and answer so far.
+        tokens: how much of the text is used, or about how many tokens are answered.
+        window: tokens of a text that are predicted in one forward, each from those before it in its window; an answer
+            is no longer.
         options: of the pipelines, such as ``dtype`` and ``device``.
 
     Raises ParameterError for numbers that make no sense, PromptError for a text that is too short.
@@ -66,8 +76,7 @@ def compare(
         raise ParameterError(f"tokens={tokens!r}, window={window!r} is out of range: both >= 2")
     policies = quantization if isinstance(quantization, (list, tuple)) else [quantization]
     reference = Pipeline(model, **{**options, "quantization": "none"})
-    ids = _token_ids(reference, text, tokens)
-    windows = [ids[start : start + window] for start in range(0, len(ids) - 1, window)]
+    windows = _answers(reference, tokens, window) if text is None else _text(reference, text, tokens, window)
     rows = [_measure("none", reference, reference, windows)]
     for policy in policies:
         pipe = Pipeline(model, **{**options, "quantization": policy})
@@ -88,32 +97,35 @@ def table(rows: Sequence[Quality]) -> str:
     return "\n".join(lines)
 
 
-def _token_ids(pipe: Pipeline, text: str | None, tokens: int) -> list[int]:
-    if text is None:
-        each = max(2, tokens // len(PROMPTS))
-        limit = min(each, pipe.loaded.context_length // 2)
-        answers = pipe(list(PROMPTS), temperature=1.0, seed=1, max_new_tokens=limit, n=max(1, each // limit))
-        samples = [sample for answer in answers for sample in (answer, *answer.alternatives)]
-        ids = [i for sample in samples for i in (*sample.prompt_token_ids, *sample.token_ids)]
-    elif pipe.loaded.tokenizer is None:
+def _answers(pipe: Pipeline, tokens: int, window: int) -> list[Window]:
+    """What the model says to each prompt, as often as it takes."""
+    each = max(1, tokens // len(PROMPTS))
+    limit = min(each, window, max(1, pipe.loaded.context_length // 2))
+    answers = pipe(list(PROMPTS), temperature=1.0, seed=1, max_new_tokens=limit, n=max(1, each // limit))
+    samples = [sample for answer in answers for sample in (answer, *answer.alternatives)]
+    return [Window((*sample.prompt_token_ids, *sample.token_ids), len(sample.token_ids)) for sample in samples]
+
+
+def _text(pipe: Pipeline, text: str, tokens: int, window: int) -> list[Window]:
+    if pipe.loaded.tokenizer is None:
         raise PromptError("a text needs a tokenizer: give one with tokenizer=")
-    else:
-        ids = list(pipe.loaded.tokenizer(text)["input_ids"])
+    ids = list(pipe.loaded.tokenizer(text)["input_ids"])[:tokens]
     if len(ids) < 2:
         raise PromptError(f"a text of {len(ids)} tokens predicts nothing: give a longer one")
-    return ids[:tokens]
+    parts = [ids[start : start + window] for start in range(0, len(ids) - 1, window)]
+    return [Window(part, len(part) - 1) for part in parts]
 
 
-def _measure(name: str, pipe: Pipeline, reference: Pipeline, windows: Sequence[Sequence[int]]) -> Quality:
+def _measure(name: str, pipe: Pipeline, reference: Pipeline, windows: Sequence[Window]) -> Quality:
     from .models.size import weight_bytes
 
     loss = divergence = same = count = 0.0
-    for window, mine, theirs in _predictions(pipe, reference, windows):
-        loss -= float(mine.gather(1, window[1:, None]).sum())
+    for ids, mine, theirs in _predictions(pipe, reference, windows):
+        loss -= float(mine.gather(1, ids[:, None]).sum())
         divergence += float((theirs.exp() * (theirs - mine)).sum())
         same += int((mine.argmax(-1) == theirs.argmax(-1)).sum())
         count += len(mine)
-    decode, prefill = _speed(pipe, windows[0])
+    decode, prefill = _speed(pipe, max((window.ids for window in windows), key=len))
     return Quality(
         quantization=name,
         megabytes=weight_bytes(pipe.loaded.model) / 1e6,
@@ -126,21 +138,23 @@ def _measure(name: str, pipe: Pipeline, reference: Pipeline, windows: Sequence[S
 
 
 def _predictions(
-    pipe: Pipeline, reference: Pipeline, windows: Sequence[Sequence[int]]
+    pipe: Pipeline, reference: Pipeline, windows: Sequence[Window]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Each window's ids [n] with both models' log-probabilities [n - 1, V] of what follows."""
+    """Each window's predicted ids [n], with both models' log-probabilities [n, V] of them and all others."""
     import torch
 
     with torch.no_grad():
         for window in windows:
-            ids = torch.tensor(window, device=reference.loaded.device)
-            theirs = _log_probabilities(reference, ids)
-            yield ids.cpu(), theirs if pipe is reference else _log_probabilities(pipe, ids), theirs
+            ids = torch.tensor(window.ids, device=reference.loaded.device)
+            theirs = _log_probabilities(reference, ids, window.predicted)
+            mine = theirs if pipe is reference else _log_probabilities(pipe, ids, window.predicted)
+            yield ids[-window.predicted :].cpu(), mine, theirs
 
 
-def _log_probabilities(pipe: Pipeline, ids: Tensor) -> Tensor:
-    logits: Tensor = pipe.loaded.model(input_ids=ids[None].to(pipe.loaded.device), use_cache=False).logits[0, :-1]
-    return logits.float().log_softmax(-1).cpu()
+def _log_probabilities(pipe: Pipeline, ids: Tensor, count: int) -> Tensor:
+    """Of the last tokens, as many as ``count``, from those before them."""
+    logits: Tensor = pipe.loaded.model(input_ids=ids[None, :-1].to(pipe.loaded.device), use_cache=False).logits[0]
+    return logits[-count:].float().log_softmax(-1).cpu()
 
 
 def _speed(pipe: Pipeline, window: Sequence[int], new: int = 16) -> tuple[float, float]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 
+from llama_infer import Pipeline, quality
 from llama_infer.cli import main
 from llama_infer.errors import ParameterError, PromptError
 from llama_infer.models.int8 import _exact_products
@@ -76,6 +77,21 @@ def test_the_default_text_is_the_models_own(folder):
     first, second = (compare(str(folder), "int8", tokens=64, device="cpu") for _ in range(2))
     assert [row.perplexity for row in first] == [row.perplexity for row in second]
     assert first[0].perplexity > 1
+
+
+def test_of_the_models_own_text_the_answers_alone_are_scored(folder, monkeypatch):
+    """Token by token, from one forward for each, of the answers that the same request gives."""
+    monkeypatch.setattr(quality, "PROMPTS", ("Hi", "A longer prompt"))
+    (row,) = compare(str(folder), (), tokens=24, window=6, device="cpu")
+    pipe = Pipeline(str(folder), quantization="none", device="cpu")
+    losses = []
+    for answer in pipe(["Hi", "A longer prompt"], temperature=1.0, seed=1, max_new_tokens=6, n=2):
+        for sample in (answer, *answer.alternatives):
+            for at, token in enumerate(sample.token_ids):
+                before = torch.tensor([[*sample.prompt_token_ids, *sample.token_ids[:at]]])
+                losses.append(-pipe.loaded.model(before).logits[0, -1].double().log_softmax(-1)[token].item())
+    assert len(losses) > 12
+    assert math.log(row.perplexity) == pytest.approx(sum(losses) / len(losses), rel=0.02)  # sums in bfloat16 differ
 
 
 def test_bad_values(folder):

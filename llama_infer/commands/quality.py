@@ -21,8 +21,8 @@ def add_quality_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a policy to measure; may be repeated; default: int8 and int4",
     )
-    add("--data-file", metavar="FILE", help="text to predict; default: what the unquantised model itself writes")
-    add("--tokens", type=positive, default=2048, metavar="INTEGER", help="how much of the text; default: 2048")
+    add("--data-file", metavar="FILE", help="text to predict; default: the unquantised model's own answers")
+    add("--tokens", type=positive, default=2048, metavar="INTEGER", help="how much of it; default: 2048")
     add("--window", type=positive, default=256, metavar="INTEGER", help="tokens predicted together; default: 256")
     add("--tokenizer-path", metavar="PATH", help="folder or hub id of the tokenizer; default: the model's own")
     add("--revision", metavar="NAME", help="branch, tag or commit of a hub model")

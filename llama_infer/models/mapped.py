@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 import sys
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _DONTNEED = 4
 
@@ -36,6 +40,80 @@ def is_mapped(tensor: Tensor) -> bool:
     tensor.flatten()[0].item()
     page = tensor.data_ptr() // mmap.PAGESIZE
     return _all_of_a_file(page, page + 1)
+
+
+class MappedEmbedding(nn.Module):
+    """``nn.Embedding`` on a weight that lies in a mapped file, whose rows are read by :func:`rows_of`."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self._rows = rows_of(weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int64 [...] -> [..., in]."""
+        rows: Tensor = self._rows(ids.flatten()).unflatten(0, ids.shape)
+        return rows
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, {self.weight.shape[1]}, mapped"
+
+
+def rows_of(tensor: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function from ids, int64 [n], to ``tensor[ids]``; IndexError for an id out of range.
+
+    Rows of a mapped file are read from the file, because a page that is touched in memory counts as this process's,
+    with all that the system maps along with it: up to 2 MB for a row.
+    """
+    tensor = tensor.detach()
+    found = _FileRows.of(tensor) if tensor.dim() == 2 and tensor.is_contiguous() and is_mapped(tensor) else None
+    return found or tensor.__getitem__
+
+
+class _FileRows:
+    def __init__(self, tensor: Tensor, file: int, offset: int) -> None:
+        self._tensor, self._file, self._offset = tensor, file, offset
+        weakref.finalize(self, os.close, file)
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _FileRows | None:
+        """None when the file that is mapped cannot be opened, or another one has taken its place."""
+        with contextlib.suppress(OSError):
+            for span, offset, path in _mapped_files():
+                if tensor.data_ptr() in span:
+                    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    found = cls(tensor, file, offset + tensor.data_ptr() - span.start)
+                    ends = torch.tensor([0, len(tensor) - 1])
+                    same = torch.equal(found(ends).view(torch.uint8), tensor[ends].view(torch.uint8))
+                    release(tensor)
+                    return found if same else None
+        return None
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        count, width = self._tensor.shape
+        places = ids.tolist()
+        if places and not 0 <= min(places) <= max(places) < count:
+            raise IndexError(f"ids from {min(places)} to {max(places)} for {count} rows")
+        rows = self._tensor.new_empty(len(places), width)
+        size = width * rows.element_size()
+        into = rows.view(torch.uint8).flatten().numpy().data
+        for at, place in enumerate(places):
+            if os.preadv(self._file, [into[at * size : (at + 1) * size]], self._offset + place * size) != size:
+                raise OSError("a file of weights has become shorter while its model was in use")
+        return rows
+
+    def __deepcopy__(self, memo: Any) -> _FileRows:
+        return self  # nothing in it changes
+
+
+def _mapped_files() -> Iterator[tuple[range, int, str]]:
+    """Addresses, where in a file they begin, and its path, for all files that this process maps (see proc(5))."""
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        for line in maps:
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6 and fields[5].startswith("/"):
+                first, last = (int(number, 16) for number in fields[0].split("-"))
+                yield range(first, last), int(fields[2], 16), fields[5].rstrip("\n")
 
 
 def _all_of_a_file(first: int, last: int) -> bool:

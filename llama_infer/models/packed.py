@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from .linears import embedding_of, replace_linears
+from .mapped import MappedEmbedding, is_mapped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,7 +81,11 @@ class PackedLinear(nn.Module):
         weight = linear.weight
         if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
             return None
-        return cls(weight, linear.bias, embedding_of(model, weight))
+        tied = embedding_of(model, weight)
+        if type(tied) is nn.Embedding and is_mapped(weight):
+            tied = MappedEmbedding(weight)
+            model.set_input_embeddings(tied)
+        return cls(weight, linear.bias, tied)
 
     @property
     def weight(self) -> Tensor:

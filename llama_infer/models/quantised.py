@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .linears import embedding_of, replace_linears
-from .mapped import is_mapped, release
+from .mapped import is_mapped, release, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,13 +96,14 @@ class QuantisedEmbedding(nn.Module):
         self.form, self.dtype = form, dtype
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
+        self._rows = {name: rows_of(tensor) for name, tensor in tensors.items()}
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [...] -> [..., in]."""
         return self._numbers(ids.flatten()).unflatten(0, ids.shape) if ids.ndim != 1 else self._numbers(ids)
 
     def _numbers(self, ids: Tensor) -> Tensor:
-        rows = {name: tensor[ids] for name, tensor in self.named_parameters()}
+        rows = {name: read(ids) for name, read in self._rows.items()}
         if "original" in rows:
             rows = dict(self.form.quantise(rows["original"].float()))
         return self.form.dequantise(rows).to(self.dtype)

@@ -1,0 +1,72 @@
+"""Weights that stay in their file: rows are read without its pages becoming this process's memory."""
+
+from __future__ import annotations
+
+import copy
+import mmap
+import struct
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checkpoints import write_checkpoint
+from safetensors.torch import load_file, save_file
+
+from llama_infer.models.loaders import AutoLoader
+from llama_infer.models.mapped import MappedEmbedding, _FileRows, is_mapped, release, rows_of
+from llama_infer.models.packed import refusal
+from llama_infer.parts import Source
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what is mapped")
+HERE = refusal(torch.device("cpu"), torch.bfloat16)
+
+
+def load(folder, quantization):
+    return AutoLoader()(Source(str(folder), quantization=quantization, device="cpu")).model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_come_from_the_file_and_leave_no_pages(tmp_path, dtype):
+    path = tmp_path / "with a space.safetensors"
+    save_file({"a": torch.zeros(3, dtype=dtype), "b": torch.randn(700, 1024).to(dtype)}, path)
+    held = load_file(path)["b"]
+    ids = torch.tensor([699, 0, 5, 5, 350])
+    expected = held[ids].clone()
+    rows = rows_of(held)
+    assert isinstance(rows, _FileRows) and isinstance(copy.deepcopy(rows), _FileRows)
+    release(held)
+    assert torch.equal(rows(ids), expected) and rows(ids[:0]).shape == (0, 1024)
+    address, size = held.data_ptr(), held.numel() * held.element_size()
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek((address // mmap.PAGESIZE + 1) * 8)
+        inside = file.read((size // mmap.PAGESIZE - 2) * 8)
+    assert not any(entry >> 63 for entry in struct.unpack(f"{len(inside) // 8}Q", inside)), "pages are present"
+    for bad in (-1, 700):
+        with pytest.raises(IndexError, match="700 rows"):
+            rows(torch.tensor([bad]))
+    path.write_bytes(b"")  # as a sudden truncation would
+    with pytest.raises(OSError, match="shorter"):
+        rows(ids)
+
+
+def test_rows_of_a_file_that_was_replaced_come_from_memory(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.arange(4096.0).view(64, 64)}, path)
+    held = load_file(path)["a"]
+    save_file({"a": torch.zeros(64, 64)}, tmp_path / "y.safetensors")
+    (tmp_path / "y.safetensors").replace(path)
+    rows = rows_of(held)
+    assert not isinstance(rows, _FileRows)
+    assert torch.equal(rows(torch.tensor([63])), torch.arange(63 * 64.0, 4096.0)[None])
+
+
+@pytest.mark.skipif(HERE is not None, reason=f"packing {HERE}")
+def test_a_tied_embedding_reads_the_file_and_saves(tmp_path):
+    write_checkpoint(tmp_path, hidden_size=128, dtype="bfloat16", tie_word_embeddings=True)
+    model = load(tmp_path, None)
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, MappedEmbedding) and is_mapped(embedding.weight)
+    ids = torch.tensor([[3, 0, 263], [7, 7, 1]])
+    assert torch.equal(embedding(ids), F.embedding(ids, embedding.weight))
+    assert torch.equal(embedding.weight, load(tmp_path, "none").lm_head.weight)
