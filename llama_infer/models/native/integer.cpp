@@ -27,7 +27,7 @@
 namespace {
 
 constexpr int BLOCK = 64, SPAN = 128, LINES = SPAN / 4, FEW = 8;
-constexpr size_t AHEAD = 6144;  // bytes that are asked for before they are needed
+constexpr size_t AHEAD = 16384;  // bytes that are asked for before they are needed
 
 inline __m512 load(const float* from, __mmask16 these) { return _mm512_maskz_loadu_ps(these, from); }
 
@@ -131,7 +131,7 @@ struct Int8 {
 #pragma GCC unroll 16
             for (int i = 0; i < LINES / 2; i++) {
                 const uint8_t* line = lines + (half * LINES / 2 + i) * 64;
-                _mm_prefetch(line + AHEAD, _MM_HINT_T0);
+                _mm_prefetch(line + AHEAD, _MM_HINT_T1);
                 const __m512i w = _mm512_xor_si512(_mm512_load_si512(line), _mm512_set1_epi8(-128));
                 for (int r = 0; r < ROWS; r++)
                     found[i % CHAINS][r] = _mm512_dpbusd_epi32(found[i % CHAINS][r], w, bytes4(x[r] + half * 1024 + 4 * i));
@@ -142,7 +142,7 @@ struct Int8 {
         }
     }
 
-    static const int8_t* plain(const uint8_t* record, int8_t*, bool) { return (const int8_t*)record; }
+    static void expand(const uint8_t*, int8_t*) {}
 };
 
 // Four bits: a byte of two numbers below 16 times m is two bytes below 256, so 16-bit products do for both.
@@ -185,7 +185,7 @@ struct Int4 {
             for (int i = 0; i < EACH; i++) {
                 const uint8_t* line = lines + (g * EACH + i) * 64;
                 const int at = (g * EACH + i) * 8, tile = at / 64 * 1024 + at % 64;
-                _mm_prefetch(line + AHEAD, _MM_HINT_T0);
+                _mm_prefetch(line + AHEAD, _MM_HINT_T1);
                 const __m512i both = _mm512_load_si512(line);
                 const __m512i a = _mm512_mullo_epi16(_mm512_and_si512(both, low), its.m);
                 const __m512i b = _mm512_mullo_epi16(_mm512_and_si512(_mm512_srli_epi16(both, 4), low), its.m);
@@ -199,8 +199,7 @@ struct Int4 {
     }
 
     // The same numbers in 8 bits, for more rows than a few.
-    static const int8_t* plain(const uint8_t* record, int8_t* to, bool first) {
-        if (!first) return to;
+    static void expand(const uint8_t* record, int8_t* to) {
         const __m512i low = _mm512_set1_epi8(15);
         for (int quad = 0; quad < 4; quad++)
             for (int g = 0; g < SPAN / GROUP; g++) {
@@ -216,7 +215,6 @@ struct Int4 {
                     _mm512_store_si512(to + at * 128 + 64, _mm512_add_epi8(b, o));
                 }
             }
-        return to;
     }
 };
 
@@ -262,27 +260,48 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// One block for up to 32 rows: of 16 x 16 outputs four at once.
+// Sums of 16 tokens by 16 outputs, four times: two of tokens by two of outputs.
+struct alignas(64) Sums {
+    int32_t of[4][16][16];
+};
+
+// Adds a span's share of 32 outputs to the totals of some rows.
+inline void add(const Sums& sums, const __m512* scale, const float* step, int64_t spans, int rows, float* total) {
+    for (int r = 0; r < rows; r++)
+        for (int q = 0; q < 2; q++) {
+            float* to = total + r * BLOCK + 16 * q;
+            const __m512i sum = _mm512_load_si512(sums.of[r / 16 * 2 + q][r % 16]);
+            const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale[q]);
+            _mm512_store_ps(to, _mm512_fmadd_ps(part, _mm512_set1_ps(step[r * spans]), _mm512_load_ps(to)));
+        }
+}
+
+// One block for up to 32 rows. While the tiles are multiplied, the sums before are scaled, and of the block that comes
+// next a part is asked for.
 template <typename F>
-void tiles(const Tokens& tokens, int64_t row, const uint8_t* block, int8_t* panel, bool first, float (*total)[BLOCK]) {
-    alignas(64) int32_t found[4][16][16];
-    const int64_t stride = tokens.spans * 2048;
+void tiles(const Tokens& tokens, int64_t row, const uint8_t* block, int8_t* panel, float (*total)[BLOCK]) {
+    const int64_t spans = tokens.spans, passes = (tokens.rows + 31) / 32, ahead = spans * F::RECORD;
     const int rows = int(std::min<int64_t>(32, tokens.rows - row));
-    for (int64_t span = 0; span < tokens.spans; span++) {
-        const uint8_t* record = block + span * F::RECORD;
-        const int8_t* weights = F::plain(record, panel + span * BLOCK * SPAN, first);
-        if (first)
-            for (int at = 0; at < F::RECORD; at += 64) _mm_prefetch(record + 2 * F::RECORD + at, _MM_HINT_T0);
-        const int8_t* x = tokens.tiles(row) + span * 2048;
-        for (int pair = 0; pair < 4; pair += 2) {
-            const int8_t* w = weights + pair * 2048;
+    const float* step = tokens.scale + row * spans;
+    const uint8_t *asked = block + ahead + row / 32 * ahead / passes / 64 * 64, *enough = asked;
+    Sums sums[2];
+    __m512 scale[2][2];
+    for (int64_t unit = 0; unit <= 2 * spans; unit++) {
+        const int64_t span = unit / 2;
+        const int pair = unit % 2 * 2;
+        if (unit < 2 * spans) {
+            const uint8_t* record = block + span * F::RECORD;
+            const int8_t* x = tokens.tiles(row) + span * 2048;
+            int8_t* at = panel + span * BLOCK * SPAN;
+            if (pair == 0 && row == 0) F::expand(record, at);
+            const int8_t* w = (panel ? at : (const int8_t*)record) + pair * 2048;
+            scale[unit % 2][0] = scales<F>(record, pair), scale[unit % 2][1] = scales<F>(record, pair + 1);
+            __asm__ volatile("" ::: "memory");  // the intrinsics do not say that they read memory
             _tile_zero(0);
             _tile_zero(1);
-            if (rows > 16) {
-                _tile_zero(2);
-                _tile_zero(3);
-            }
-            __asm__ volatile("" ::: "memory");  // the intrinsics do not say that they read memory
+            _tile_zero(2);
+            _tile_zero(3);
+#pragma GCC unroll 2
             for (int half = 0; half < 2; half++) {
                 _tile_loadd(4, x + half * 1024, 64);
                 _tile_loadd(6, w + half * 1024, 64);
@@ -290,26 +309,23 @@ void tiles(const Tokens& tokens, int64_t row, const uint8_t* block, int8_t* pane
                 _tile_dpbssd(0, 4, 6);
                 _tile_dpbssd(1, 4, 7);
                 if (rows > 16) {
-                    _tile_loadd(5, x + stride + half * 1024, 64);
+                    _tile_loadd(5, x + spans * 2048 + half * 1024, 64);
                     _tile_dpbssd(2, 5, 6);
                     _tile_dpbssd(3, 5, 7);
                 }
             }
-            _tile_stored(0, found[0], 64);
-            _tile_stored(1, found[1], 64);
-            if (rows > 16) {
-                _tile_stored(2, found[2], 64);
-                _tile_stored(3, found[3], 64);
-            }
-            const __m512 scale[2] = {scales<F>(record, pair), scales<F>(record, pair + 1)};
-            const float* step = tokens.scale + row * tokens.spans + span;
-            for (int r = 0; r < rows; r++)
-                for (int q = 0; q < 2; q++) {
-                    float* to = total[r] + 16 * (pair + q);
-                    const __m512i sum = _mm512_load_si512(found[r / 16 * 2 + q][r % 16]);
-                    const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale[q]);
-                    _mm512_store_ps(to, _mm512_fmadd_ps(part, _mm512_set1_ps(step[r * tokens.spans]), _mm512_load_ps(to)));
-                }
+            for (enough += F::RECORD / 2 / passes; asked < enough; asked += 64) _mm_prefetch(asked, _MM_HINT_T1);
+        }
+        if (unit > 0) {
+            const int other = (unit - 1) % 2;
+            add(sums[other], scale[other], step + (unit - 1) / 2, spans, rows, total[0] + 32 * other);
+        }
+        if (unit < 2 * spans) {
+            Sums& to = sums[unit % 2];
+            _tile_stored(0, to.of[0], 64);
+            _tile_stored(1, to.of[1], 64);
+            _tile_stored(2, to.of[2], 64);
+            _tile_stored(3, to.of[3], 64);
         }
     }
 }
@@ -361,7 +377,7 @@ void linear(const T* x, const uint8_t* weight, const T* bias, T* y, int64_t rows
                     int64_t done = std::min<int64_t>(amx ? 32 : FEW, count - row);
                     std::memset(total, 0, done * sizeof(*total));
 #ifdef __AMX_INT8__
-                    if (amx) tiles<F>(tokens, row, block, panel, row == 0, total);
+                    if (amx) tiles<F>(tokens, row, block, panel, total);
 #endif
                     if (!amx) switch (done) {
                         case 1: few<F, 1>(tokens, row, block, total); break;
