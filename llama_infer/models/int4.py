@@ -7,45 +7,49 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ParameterError, UnsupportedError
-from .int8 import Int8
+from .int8 import in_spans
+from .native.integer import SPAN, kernel, linear, pack, unpack
 from .quantised import QuantisedLinear, Tensors, blockwise, quantise_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-GROUPS = (32, 64, 128, 256)
+GROUPS = (32, 64, 128)
 _SHRINK = (1.0, 0.93, 0.86)
 """Fractions of a group's range that are tried: the ends of a range are rare, and its middle gains what they lose."""
+_MOST = (12, 14, 16)
+"""Multipliers that are tried for the widest group of a span: the larger, the finer its offset and the fewer choices."""
+_STEP, _FIRST = 4, -26
+"""Offsets are 16 multiples of 4, from -26: the middle of numbers from -8 to 7 times a multiplier is below 0."""
 _BLOCK = 64
-"""Rows that the operator's layout interleaves."""
-_FEW = 4
-"""Rows up to which the 4-bit operator is as fast as 8-bit arithmetic; its time grows with every row."""
+"""Rows that the layouts interleave."""
 
 
 class Int4:
-    """``"int4"``: 4-bit weights in groups with a scale and an offset each, the head and a tied embedding included.
+    """``"int4"``: 4-bit weights with 8-bit activations, the head and a tied embedding included.
 
-    The fastest for one sequence, and the smallest. Its operator computes row after row: from about 8 rows on, in a
-    batch or a long prompt, bfloat16 is faster; ``batched=True`` is not slower there.
+    The fastest for one sequence, and the smallest. Every 128 inputs of an output share a scale; each group of them has
+    a multiplier and an offset of 4 bits, so that its weights are 8-bit numbers of which 16 are used. Activations are
+    quantised as those of ``"int8"`` are, and a token's result does not depend on its neighbours either. Where the
+    kernel cannot be had, torch's serves: with whole activations, and slow for more than about 8 rows.
 
     Args:
-        group_size: how many weights of a row share a scale and an offset: 32, 64, 128 or 256. Larger is smaller
-            (5 bits a weight at 32, 4.25 at 128) and less accurate.
-        batched: keep an 8-bit copy of the 4-bit weights, which serves forwards of more than a few rows; three times
-            the memory, four fifths of bfloat16's.
+        group_size: how many weights of a row share a multiplier and an offset: 32, 64 or 128. Larger is smaller
+            (4.38 bits a weight at 32, 4.19 at 128) and less accurate.
         keep: names of layers that stay whole, such as ``("lm_head",)``; a name is the end of a module's name. So do
             layers whose inputs are no whole groups, or whose outputs are no multiple of 64.
     """
 
     name = "int4"
 
-    def __init__(self, group_size: int = 32, batched: bool = False, keep: Sequence[str] = ()) -> None:
+    def __init__(self, group_size: int = 32, keep: Sequence[str] = ()) -> None:
         if group_size not in GROUPS:
             raise ParameterError(f"group_size={group_size!r} is out of range: {', '.join(map(str, GROUPS))}")
-        self.group_size, self.batched, self.keep = int(group_size), bool(batched), tuple(keep)
+        self.group_size, self.keep = int(group_size), tuple(keep)
 
     def check(self, device: torch.device, dtype: torch.dtype | str) -> None:
         """Raises UnsupportedError off the CPU and for other numbers than bfloat16."""
@@ -53,8 +57,6 @@ class Int4:
             raise UnsupportedError(f"quantization='int4' is for the CPU, not {device}: use 'bnb-nf4' there")
         if dtype != torch.bfloat16:
             raise UnsupportedError(f"quantization='int4' works in bfloat16, not {dtype}")
-        if self.batched:
-            Int8().check(device, dtype)
 
     def convert(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model with its linear layers quantised, one after the other."""
@@ -67,106 +69,135 @@ class Int4:
         return whole and bool(weight.dtype == torch.bfloat16 and weight.device.type == "cpu")
 
     def quantise(self, weight: Tensor) -> Tensors:
-        """float32 [n, in] -> two weights a byte [n, in / 2], and bfloat16 scales and offsets [n, groups].
+        """float32 [n, in] -> two weights a byte [n, in / 2], a byte [n, groups] and bfloat16 scales [n, spans].
 
-        A group's weights are ``(number - 8) * scale + offset`` with numbers from 0 to 15; of three ranges the one with
-        the least square error is taken.
+        A weight is ``((number - 8) * multiplier + offset) * scale`` with numbers from 0 to 15, and what is scaled is
+        from -128 to 127. Of eight neighbours the first four are the low halves of four bytes. A group's byte holds its
+        multiplier - 1 in the low half, and in the high one the offset. Of several the least square error is taken.
         """
-        groups = weight.unflatten(1, (-1, self.group_size))
-        _, numbers, scale, offset = reduce(_better, (_round(groups, part) for part in _SHRINK))
-        nibbles = (numbers + 8).to(torch.uint8).flatten(1)
+        groups = in_spans(weight, SPAN).unflatten(-1, (-1, self.group_size))
+        low, high = groups.amin(-1), groups.amax(-1)
+        error, numbers, meta, scale = reduce(_better, (_round(groups, low, high, most) for most in _MOST))
+        numbers, width = numbers.flatten(1)[:, : weight.shape[1]], weight.shape[1]
+        eights = numbers.view(len(weight), -1, 2, 4)
         return {
-            "int4": nibbles[:, 1::2] << 4 | nibbles[:, ::2],
-            "scale": scale.squeeze(-1).bfloat16(),
-            "offset": offset.squeeze(-1).bfloat16(),
+            "int4": (eights[:, :, 1] << 4 | eights[:, :, 0]).flatten(1),
+            "groups": meta.flatten(1)[:, : width // self.group_size].contiguous(),
+            "scale": scale.flatten(1).bfloat16(),
         }
 
     def dequantise(self, tensors: Tensors) -> Tensor:
         """float32 [n, in]."""
+        scale, offset = (part.unsqueeze(-1) for part in self._scales(tensors))
         numbers = _numbers(tensors["int4"]).float().sub_(8).unflatten(1, (-1, self.group_size))
-        scale, offset = (tensors[name].float().unsqueeze(-1) for name in ("scale", "offset"))
         weight: Tensor = (numbers * scale).add_(offset).flatten(1)
         return weight
 
+    def _scales(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
+        """Scale and offset of every group, float32 [n, groups]."""
+        meta = tensors["groups"].float()
+        scale = tensors["scale"].float().repeat_interleave(SPAN // self.group_size, 1)[:, : meta.shape[1]]
+        return (meta % 16 + 1) * scale, ((meta / 16).floor() * _STEP + _FIRST) * scale
+
     def layer(self, tensors: Tensors, bias: Tensor | None, dtype: torch.dtype) -> QuantisedLinear:
         """A layer that computes with them."""
-        return Int4Linear(self, tensors, bias, dtype)
+        name = f"int4_{self.group_size}"
+        return (Int4TorchLinear if kernel(name, dtype) is None else Int4Linear)(self, tensors, bias, dtype)
 
     def settings(self) -> Mapping[str, Any]:
         """The arguments that make this policy again."""
-        return {"group_size": self.group_size, "batched": self.batched, "keep": list(self.keep)}
+        return {"group_size": self.group_size, "keep": list(self.keep)}
 
     def __repr__(self) -> str:
-        more = (", batched=True" if self.batched else "") + (f", keep={self.keep}" if self.keep else "")
-        return f"Int4(group_size={self.group_size}{more})"
-
-
-class Int4Batched(Int4):
-    """``"int4-batched"``: the same, with an 8-bit copy for more than a few rows."""
-
-    def __init__(self) -> None:
-        super().__init__(batched=True)
+        return f"Int4(group_size={self.group_size}" + (f", keep={self.keep})" if self.keep else ")")
 
 
 class Int4Linear(QuantisedLinear):
-    """4-bit weights times whole activations; for many rows 8-bit ones, where there is a copy of that kind."""
+    """4-bit weights times 8-bit activations, in a kernel of ours."""
 
     def __init__(self, form: Int4, tensors: Tensors, bias: Tensor | None, dtype: torch.dtype) -> None:
-        rows, width = len(tensors["int4"]), 2 * tensors["int4"].shape[1]
-        super().__init__(form, (rows, width), bias, dtype)
+        super().__init__(form, (len(tensors["int4"]), 2 * tensors["int4"].shape[1]), bias, dtype)
+        self._name, self._columns = f"int4_{form.group_size}", SPAN // form.group_size
+        spans = tensors["scale"].shape[1]
+        numbers = F.pad(tensors["int4"], (0, (spans * SPAN - self.in_features) // 2)).contiguous().view(torch.int32)
+        groups = F.pad(tensors["groups"], (0, spans * self._columns - tensors["groups"].shape[1]))
+        self._packed = pack([numbers, groups, tensors["scale"]], spans)
+
+    def tensors(self) -> Tensors:
+        """The weights, out of the kernel's layout, and what scales them."""
+        like = [(torch.int32, SPAN // 8), (torch.uint8, self._columns), (torch.bfloat16, 1)]
+        numbers, groups, scale = unpack(self._packed, like, self.out_features)
+        count = self.in_features * self._columns // SPAN
+        numbers = numbers.view(torch.uint8)[:, : self.in_features // 2]
+        return {"int4": numbers.contiguous(), "groups": groups[:, :count].contiguous(), "scale": scale}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """bfloat16 [..., in] -> [..., out]."""
+        return linear(self._name, x, self._packed, self.bias, (self.out_features, self.in_features))
+
+
+class Int4TorchLinear(QuantisedLinear):
+    """4-bit weights times whole activations, in torch's operator, with scales and offsets rounded to bfloat16."""
+
+    def __init__(self, form: Int4, tensors: Tensors, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(form, (len(tensors["int4"]), 2 * tensors["int4"].shape[1]), bias, dtype)
         self._group = form.group_size
         self._packed = blockwise(_pack, {"int4": tensors["int4"]})["int4"]
         known = torch.equal(_unpack({"int4": self._packed[:_BLOCK]})["int4"], tensors["int4"][:_BLOCK])
         self._original = None if known else tensors["int4"]  # another processor, another layout
-        self._scales = torch.stack([tensors["scale"], tensors["offset"]], -1).transpose(0, 1).contiguous()
-        self._many = None
-        if form.batched:
-            eight = Int8()
-            again = blockwise(lambda part: eight.quantise(form.dequantise(part)), tensors)
-            self._many = eight.layer(again, bias, dtype)
+        self._scale, self._groups = tensors["scale"].clone(), tensors["groups"].clone()
+        self._scales = torch.stack(form._scales(tensors), -1).transpose(0, 1).bfloat16().contiguous()
 
     def tensors(self) -> Tensors:
-        """The weights, out of the operator's layout, their scales and offsets."""
-        scale, offset = self._scales.transpose(0, 1).unbind(-1)
+        """The weights, out of the operator's layout, and what scales them."""
         numbers = self._original
         if numbers is None:
             numbers = blockwise(_unpack, {"int4": self._packed})["int4"]
-        return {"int4": numbers, "scale": scale.contiguous(), "offset": offset.contiguous()}
+        return {"int4": numbers, "groups": self._groups, "scale": self._scale}
 
     def forward(self, x: Tensor) -> Tensor:
         """bfloat16 [..., in] -> [..., out]."""
         rows = x.reshape(-1, self.in_features).contiguous()
-        if self._many is not None and len(rows) > _FEW:
-            many: Tensor = self._many(x)
-            return many
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self._packed, self._group, self._scales)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
 
-def _round(groups: Tensor, part: float) -> tuple[Tensor, ...]:
-    """(square error, numbers from -8 to 7, scale, offset) of each group, for that part of its range."""
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    scale = ((high - low) * (part / 15)).clamp_min_(1e-30).bfloat16().float()
-    offset = ((high + low + scale) / 2).bfloat16().float()
-    numbers = ((groups - offset) / scale).round_().clamp_(-8, 7)
-    error = (numbers * scale).add_(offset).sub_(groups).square_().sum(-1, keepdim=True)
-    return error, numbers, scale, offset
+def _round(groups: Tensor, low: Tensor, high: Tensor, most: int) -> tuple[Tensor, ...]:
+    """(square error, numbers, bytes, scales) of spans [n, spans, groups, group], the widest group's multiplier given."""
+    step = (high - low) / 15
+    scale = (step.amax(-1, keepdim=True) / most).clamp_min_(1e-30).bfloat16().float()
+    scaled, middle, step = groups / scale.unsqueeze(-1), (high + low) / (2 * scale), step / scale
+    error, numbers, meta = reduce(_better, (_group(scaled, middle, step * part) for part in _SHRINK))
+    return (error * scale * scale).sum(-1, keepdim=True), numbers, meta, scale
+
+
+def _group(scaled: Tensor, middle: Tensor, step: Tensor) -> tuple[Tensor, ...]:
+    """(square error, numbers, bytes) of groups [n, spans, groups, group] for steps of that size, in 8-bit numbers."""
+    m = step.round().clamp_(1, 16)
+    high = ((middle + m / 2 - _FIRST) / _STEP).round_().clamp_(0, 15)
+    o = high * _STEP + _FIRST
+    least, most = ((-128 - o) / m).ceil_().clamp_min_(-8), ((127 - o) / m).floor_().clamp_max_(7)
+    m, o, least, most = (t.unsqueeze(-1) for t in (m, o, least, most))
+    numbers = ((scaled - o) / m).round_().clamp_(least, most)
+    error = (numbers * m).add_(o).sub_(scaled).square_().sum(-1)
+    return error, numbers.add_(8).to(torch.uint8), (high * 16 + m.squeeze(-1) - 1).to(torch.uint8)
 
 
 def _better(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Group by group, the one with the smaller error."""
+    """Where the second has the smaller error, the second; errors have fewer dimensions than what they belong to."""
     less = new[0] < old[0]
-    return tuple(torch.where(less, b, a) for a, b in zip(old, new, strict=True))
+    return tuple(torch.where(less[(..., *[None] * (b.ndim - less.ndim))], b, a) for a, b in zip(old, new, strict=True))
 
 
 def _numbers(nibbles: Tensor) -> Tensor:
-    """uint8 [n, in / 2] -> uint8 [n, in]: the low half of a byte comes first."""
-    return torch.stack([nibbles & 15, nibbles >> 4], -1).flatten(1)
+    """uint8 [n, in / 2] -> uint8 [n, in]: of eight neighbours the first four are the low halves of four bytes."""
+    fours = nibbles.unflatten(1, (-1, 1, 4))
+    return torch.cat([fours & 15, fours >> 4], 2).flatten(1)
 
 
 def _pack(tensors: Tensors) -> Tensors:
-    """Two neighbours a byte -> the operator's layout; both [n, in / 2], n a multiple of 64."""
+    """Our bytes -> the operator's layout; both [n, in / 2], n a multiple of 64."""
     return {"int4": torch.ops.aten._convert_weight_to_int4pack_for_cpu(_numbers(tensors["int4"]).int(), 1)}
 
 
@@ -175,4 +206,5 @@ def _unpack(tensors: Tensors) -> Tensors:
     packed = tensors["int4"]
     blocks = packed.view(-1, 2 * packed.shape[1], 32)
     numbers = torch.cat([blocks & 15, blocks >> 4], -1).transpose(1, 2).flatten(0, 1)
-    return {"int4": numbers[:, 1::2] << 4 | numbers[:, ::2]}
+    eights = numbers.reshape(len(numbers), -1, 2, 4)
+    return {"int4": (eights[:, :, 1] << 4 | eights[:, :, 0]).flatten(1)}

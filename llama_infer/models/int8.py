@@ -7,26 +7,31 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from .native.integer import SPAN, kernel, linear, pack, unpack
 from .quantised import QuantisedLinear, Tensors, quantise_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _MIDDLE = 128
-"""The byte that stands for an activation of zero: the processor multiplies unsigned activations with signed weights."""
+"""The byte that stands for an activation of zero: torch multiplies unsigned activations with signed weights."""
+_TINY = torch.finfo(torch.bfloat16).tiny
+_AT_A_TIME = 32
+"""Rows of which torch's sums stay in the processor's cache."""
 
 
 class Int8:
-    """``"int8"``: 8-bit weights with a scale for each output channel, the head and a tied embedding included.
+    """``"int8"``: 8-bit weights with a scale for every 128 inputs, the head and a tied embedding included.
 
     Args:
-        activations: whether activations are quantised too, on the fly, each token with a scale of its own. The products
-            are then exact in integers, so a token's result does not depend on its neighbours, and the processor's
-            8-bit instructions do the work: about twice as fast as bfloat16 for any number of rows. Without, the weights
-            alone are rounded: half the error, and slow for more than a few rows.
+        activations: whether activations are quantised too, on the fly, each token's with scales of their own. The
+            products are then exact in integers, so a token's result does not depend on its neighbours, and the
+            processor's 8-bit instructions do the work: about twice as fast as bfloat16 for any number of rows. Without,
+            the weights alone are rounded, with one scale for each output, and more than a few rows are slow.
         keep: names of layers that stay whole, such as ``("lm_head",)``; a name is the end of a module's name.
     """
 
@@ -57,17 +62,26 @@ class Int8:
         return weight.dtype.is_floating_point and weight.device.type == "cpu"
 
     def quantise(self, weight: Tensor) -> Tensors:
-        """float32 [n, in] -> int8 [n, in], whose largest is 127, and float32 scales [n]."""
-        scale = (weight.abs().amax(-1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-        return {"int8": (weight / scale[:, None]).round_().to(torch.int8), "scale": scale}
+        """float32 [n, in] -> int8 [n, in], whose largest is 127, and bfloat16 scales [n, spans]."""
+        width = weight.shape[1]
+        parts = in_spans(weight, SPAN if self.activations else width)
+        scale = (parts.abs().amax(-1) / 127).clamp_min_(_TINY).bfloat16()
+        numbers = (parts / scale.unsqueeze(-1).float()).round_().clamp_(-127, 127)
+        return {"int8": numbers.to(torch.int8).flatten(1)[:, :width], "scale": scale}
 
     def dequantise(self, tensors: Tensors) -> Tensor:
         """float32 [n, in]."""
-        return tensors["int8"].float() * tensors["scale"][:, None]
+        numbers, scale = tensors["int8"], tensors["scale"]
+        width = numbers.shape[1]
+        parts = in_spans(numbers.float(), SPAN if self.activations else width)
+        weight: Tensor = parts.mul_(scale.unsqueeze(-1).float()).flatten(1)[:, :width]
+        return weight
 
     def layer(self, tensors: Tensors, bias: Tensor | None, dtype: torch.dtype) -> QuantisedLinear:
         """A layer that computes in integers, or in ``dtype`` when activations stay whole."""
-        return (Int8Linear if self.activations else Int8WeightLinear)(self, tensors, bias, dtype)
+        if not self.activations:
+            return Int8WeightLinear(self, tensors, bias, dtype)
+        return (Int8TorchLinear if kernel("int8", dtype) is None else Int8Linear)(self, tensors, bias, dtype)
 
     def settings(self) -> Mapping[str, Any]:
         """The arguments that make this policy again."""
@@ -78,29 +92,57 @@ class Int8:
 
 
 class Int8Linear(QuantisedLinear):
-    """8-bit weights times activations that are quantised token by token."""
+    """8-bit weights times 8-bit activations, in a kernel of ours."""
 
     def __init__(self, form: Int8, tensors: Tensors, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(form, tensors["int8"].shape, bias, dtype)
-        self._packed = torch.ops.onednn.qlinear_prepack(tensors["int8"], None)
-        self._scale = tensors["scale"].clone()
-        self._zeros = torch.zeros(len(self._scale), dtype=torch.int64)
+        spans = tensors["scale"].shape[1]
+        numbers = F.pad(tensors["int8"], (0, spans * SPAN - self.in_features)).contiguous()
+        self._packed = pack([numbers.view(torch.int32), tensors["scale"]], spans)
 
     def tensors(self) -> Tensors:
-        """The weights, out of the processor's layout, and their scales."""
-        return {"int8": self._packed.to_dense().t(), "scale": self._scale}
+        """The weights, out of the kernel's layout, and their scales."""
+        numbers, scale = unpack(self._packed, [(torch.int32, SPAN // 4), (torch.bfloat16, 1)], self.out_features)
+        return {"int8": numbers.view(torch.int8)[:, : self.in_features].contiguous(), "scale": scale}
 
     def forward(self, x: Tensor) -> Tensor:
         """float [..., in] -> [..., out]."""
-        largest = x.abs().amax(-1, keepdim=True).float()
-        # Rounded to the dtype of x, so that the result is scaled in that dtype: mixed products are slow. 127 stays 127.
-        step = (largest / 127).clamp_min_(torch.finfo(torch.float32).tiny).to(x.dtype)
-        rounded = x.to(torch.float32, copy=True).div_(step.float()).round_().add_(_MIDDLE).to(torch.uint8)
-        y: Tensor = torch.ops.onednn.qlinear_pointwise(
-            rounded, 1.0, _MIDDLE, self._packed, self._scale, self._zeros, None, 1.0, 0, x.dtype, "none", [], ""
-        )
-        y = y.mul_(step)
-        return y if self.bias is None else y.add_(self.bias)
+        return linear("int8", x, self._packed, self.bias, (self.out_features, self.in_features))
+
+
+class Int8TorchLinear(QuantisedLinear):
+    """The same by torch's operators, which know one scale a row: a product for every 128 inputs."""
+
+    def __init__(self, form: Int8, tensors: Tensors, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(form, tensors["int8"].shape, bias, dtype)
+        prepack = torch.ops.onednn.qlinear_prepack
+        self._packed = [prepack(part.contiguous(), None) for part in tensors["int8"].split(SPAN, 1)]
+        self._scale = tensors["scale"].float().t().contiguous()
+        self._zeros = torch.zeros(self.out_features, dtype=torch.int64)
+
+    def tensors(self) -> Tensors:
+        """The weights, out of the processor's layout, and their scales."""
+        numbers = torch.cat([part.to_dense().t() for part in self._packed], 1)
+        return {"int8": numbers, "scale": self._scale.t().bfloat16()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [..., in] -> [..., out]."""
+        y = torch.cat([self._rows(some) for some in x.reshape(-1, self.in_features).float().split(_AT_A_TIME)])
+        y = y if self.bias is None else y.add_(self.bias)
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        parts = in_spans(x, SPAN)
+        step = (parts.abs().amax(-1) / 127).clamp_min_(torch.finfo(torch.float32).tiny)
+        rounded = (parts / step.unsqueeze(-1)).round_().add_(_MIDDLE).to(torch.uint8).flatten(1)[:, : self.in_features]
+        y = x.new_zeros(len(x), self.out_features)
+        for i, part in enumerate(rounded.split(SPAN, 1)):
+            product = torch.ops.onednn.qlinear_pointwise(
+                part.contiguous(), 1.0, _MIDDLE, self._packed[i], self._scale[i], self._zeros,
+                None, 1.0, 0, torch.float32, "none", [], "",
+            )  # fmt: skip
+            y.addcmul_(product, step[:, i : i + 1])
+        return y
 
 
 class Int8WeightLinear(QuantisedLinear):
@@ -111,7 +153,7 @@ class Int8WeightLinear(QuantisedLinear):
         self._int8, self._scale = tensors["int8"], tensors["scale"]
         if self._int8.data_ptr() % 64:  # a mapped file's tensors begin anywhere, and the operator's do not
             self._int8 = self._int8.clone()
-        self._rounded = self._scale.to(dtype)
+        self._rounded = self._scale[:, 0].to(dtype)
 
     def tensors(self) -> Tensors:
         """The weights and their scales."""
@@ -122,6 +164,11 @@ class Int8WeightLinear(QuantisedLinear):
         rows = x.reshape(-1, self.in_features).contiguous()
         y = torch._weight_int8pack_mm(rows, self._int8, self._rounded).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+
+def in_spans(rows: Tensor, span: int) -> Tensor:
+    """[n, in] -> [n, spans, span], with zeros behind the end."""
+    return F.pad(rows, (0, -rows.shape[1] % span)).unflatten(1, (-1, span))
 
 
 def _exact_products() -> bool:
