@@ -1,12 +1,14 @@
 """Linear layers laid out for the processor: the only file that names torch's private operators of oneDNN.
 
 ``torch.nn.functional.linear`` reads row-major weights, which on x86 costs half of the memory bandwidth in bfloat16 and
-a third of the arithmetic of a batch. oneDNN's own layout of the same numbers costs neither, at any number of rows.
+a third of the arithmetic of a batch. oneDNN's own layout of the same numbers costs neither, at any number of rows. Few
+rows go to a kernel of ours that reads that layout (``native/linear.py``), where there is one; oneDNN does the rest.
 """
 
 from __future__ import annotations
 
 import platform
+import struct
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +17,14 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 from .linears import embedding_of, replace_linears
 from .mapped import MappedEmbedding, is_mapped
+from .native.linear import Packing, few_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import PreTrainedModel
+
+_BFLOAT16, _BLOCKED = 2, 2  # oneDNN's dnnl_bf16 and dnnl_blocked
 
 _ROWS = 16
 """How many rows the layout is chosen for; one layout serves 1 to 512 rows equally well (measured)."""
@@ -74,6 +79,9 @@ class PackedLinear(nn.Module):
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self._tied = (tied,)  # in a tuple, because the embedding is no part of this module
+        shape, lies = (self.out_features, self.in_features), packing(self._packed)
+        address = torch.ops.mkldnn.data_ptr(self._packed)
+        self._few_rows = None if lies is None else few_rows(address, shape, lies, bias)
 
     @classmethod
     def of(cls, linear: nn.Linear, model: PreTrainedModel) -> PackedLinear | None:
@@ -95,6 +103,9 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """bfloat16 [..., in] -> [..., out]."""
+        few = None if self._few_rows is None else self._few_rows(x)
+        if few is not None:
+            return few
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         return y
 
@@ -104,3 +115,28 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def packing(packed: Tensor) -> Packing | None:
+    """How a packed weight [out, in] lies; None when that is not by blocks of outputs and pairs of inputs.
+
+    Read from oneDNN's own description (``dnnl_memory_desc``, written out). It is documented nowhere and may change, so
+    what is not exactly as expected counts as unknown.
+    """
+    try:
+        described = torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy().tobytes()
+        rank, *dims = struct.unpack_from("<i2q", described, 4)
+        dtype, *held = struct.unpack_from("<i4x2q", described, 104)
+        form, *strides = struct.unpack_from("<i4x2q", described, 312)
+        count, *sizes = struct.unpack_from("<i4x3q", described, 416)
+        order = list(struct.unpack_from("<3q", described, 520))
+        size = torch.ops.mkldnn._nbytes(packed)
+    except (AttributeError, RuntimeError, struct.error):
+        return None
+    pairs, outputs, two = sizes
+    inputs = held[1]
+    expected = [pairs * 2 * outputs, [1, 0, 1], 2, (2, _BFLOAT16, _BLOCKED, 3), 2 * held[0] * inputs]
+    found = [strides[1], order, two, (rank, dtype, form, count), size]
+    if found != expected or dims != list(packed.shape) or strides[0] != inputs * outputs:
+        return None
+    return Packing(outputs, inputs)

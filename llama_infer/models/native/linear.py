@@ -1,0 +1,84 @@
+"""Linear layers of few rows in bfloat16, on weights as oneDNN packs them.
+
+Few rows cost the reading of the weights. oneDNN reads them at a half to nine tenths of the memory's speed, and a call
+of it takes longer than a small layer. This kernel reads the same memory, so that nothing is held twice.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .build import library
+
+_ROWS = 32
+"""Up to how many rows this pays, with a processor's tiles (AMX) as without; measured."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a packed weight [out, in] lies: [out / ``outputs``][``inputs`` / 2][``outputs``][2], with zeros behind the
+    ends."""
+
+    outputs: int
+    inputs: int
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("out", "in", "block", "inputs")),
+    )
+
+
+class FewRows:
+    """The kernel for one layer. A row's result is the same, bit for bit, whatever other rows are in the call.
+
+    Args:
+        weight: the address of the packed weight, which the caller keeps alive.
+        shape: of the weight, (out, in).
+        packing: how it lies.
+        bias: bfloat16 [out].
+    """
+
+    def __init__(self, weight: int, shape: tuple[int, int], packing: Packing, bias: Tensor | None = None) -> None:
+        self._out, self._in = shape
+        self._bias = None if bias is None else bias.detach().contiguous()  # held, because its address is
+        at = None if self._bias is None else self._bias.data_ptr()
+        self._layer = _Layer(weight, at, *shape, packing.outputs, packing.inputs)
+        self._address = ctypes.addressof(self._layer)
+        self._run = _kernels().linear
+        self._most = _ROWS * self._in
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """bfloat16 [..., in] -> [..., out]; None where it would not pay, or is not for this kernel."""
+        size = x.numel()
+        if not 0 < size <= self._most or x.shape[-1] != self._in or x.dtype != torch.bfloat16 or not x.is_cpu:
+            return None
+        x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], self._out))
+        failed = self._run(self._address, x.data_ptr(), y.data_ptr(), size // self._in)
+        return None if failed else y
+
+
+def few_rows(weight: int, shape: tuple[int, int], packing: Packing, bias: Tensor | None) -> FewRows | None:
+    """The kernel for a layer; None where it cannot be had, or the weight lies in a way that it does not read."""
+    if packing.outputs not in (16, 32, 48, 64) or _kernels() is None:
+        return None
+    if bias is not None and (bias.dtype != torch.bfloat16 or not bias.is_cpu):
+        return None
+    return FewRows(weight, shape, packing, bias)
+
+
+@functools.cache
+def _kernels() -> Any:
+    kernels = library("linear")
+    if kernels is not None:
+        kernels.linear.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+    return kernels
