@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
+from .fused import fuse
 from .linears import embedding_of, replace_linears
 from .native.linear import Packing, few_rows
 
@@ -47,8 +48,9 @@ class Packed:
             raise UnsupportedError(f"quantization='packed' {reason}; quantization='none' leaves the layers as they are")
 
     def convert(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The model with its linear layers packed, one after the other; each original is freed."""
-        return replace_linears(model, PackedLinear.of, self.keep)
+        """The model with its linear layers packed, one after the other, each original freed, and what lies between them
+        fused."""
+        return fuse(replace_linears(model, PackedLinear.of, self.keep))
 
     def __repr__(self) -> str:
         return f"Packed(keep={self.keep})" if self.keep else "Packed()"
