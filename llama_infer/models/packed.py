@@ -82,7 +82,7 @@ class PackedLinear(nn.Module):
         self._tied = (tied,)  # in a tuple, because the embedding is no part of this module
         shape, lies = (self.out_features, self.in_features), packing(self._packed)
         address = torch.ops.mkldnn.data_ptr(self._packed)
-        self._few_rows = None if lies is None else few_rows(address, shape, lies, bias)
+        self.few_rows = None if lies is None else few_rows(address, shape, lies, bias)
 
     @classmethod
     def of(cls, linear: nn.Linear, model: PreTrainedModel) -> PackedLinear | None:
@@ -100,7 +100,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """bfloat16 [..., in] -> [..., out]."""
-        few = None if self._few_rows is None else self._few_rows(x)
+        few = None if self.few_rows is None else self.few_rows(x)
         if few is not None:
             return few
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
