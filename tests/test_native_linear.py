@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
+from llama_infer.models.native import elementwise
 from llama_infer.models.native.build import library
 from llama_infer.models.native.linear import Packing, few_rows
 from llama_infer.models.packed import PackedLinear, packing, refusal
@@ -99,16 +100,37 @@ def test_what_onednn_packs_is_read(shape, bias):
     lies = packing(packed._packed)
     if lies is None:
         pytest.skip("oneDNN packs in another way here")
-    kernel = packed._few_rows
+    kernel = packed.few_rows
     assert kernel is not None
     for rows in (1, 5, 32, 33):
         x = inputs_of(rows, shape[1])
         exact = linear(x.double(), weight.double(), None if added is None else added.double())
         close(packed(x), exact)
         assert (kernel(x) is None) == (rows > 32)
-        packed._few_rows = None
+        packed.few_rows = None
         close(packed(x), exact)
-        packed._few_rows = kernel
+        packed.few_rows = kernel
+
+
+@compiled
+@pytest.mark.parametrize("shape", [(64, 64), (129, 66), (100, 71)])
+@pytest.mark.parametrize("multiple", [16, 32])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gated_pair_is_its_parts(shape, multiple, bias):
+    """Bit for bit what the two layers and the gate's kernel give one after the other."""
+    layers, held = [], []
+    for seed in (1, 2):
+        weight, added = layer(*shape, bias, seed)
+        laid, lies = laid_out(weight, 32, multiple)
+        held.append(laid)
+        layers.append(few_rows(laid.data_ptr(), shape, lies, added))
+    gate, up = layers
+    for rows in (1, 17, 32):
+        x = inputs_of(rows, shape[1])
+        assert torch.equal(gate.gated(up, x), elementwise.silu_times(gate(x), up(x)))
+    assert gate.gated(up, inputs_of(33, shape[1])) is None
+    laid, lies = laid_out(layer(*shape)[0], 64, multiple)
+    assert gate.gated(few_rows(laid.data_ptr(), shape, lies, None), inputs_of(1, shape[1])) is None
 
 
 @compiled
@@ -149,7 +171,7 @@ def test_without_a_kernel_onednn_does_it(monkeypatch):
     ours = PackedLinear(weight, bias)(x)
     monkeypatch.setattr("llama_infer.models.native.linear._kernels", lambda: None)
     theirs = PackedLinear(weight, bias)
-    assert theirs._few_rows is None
+    assert theirs.few_rows is None
     close(theirs(x), linear(x.double(), weight.double(), bias.double()))
     close(ours, linear(x.double(), weight.double(), bias.double()))
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
+from .fused import fuse
 from .linears import embedding_of, replace_linears
 from .mapped import MappedEmbedding, is_mapped
 from .native.linear import Packing, few_rows
@@ -48,8 +49,9 @@ class Packed:
             raise UnsupportedError(f"quantization='packed' {reason}; quantization='none' leaves the layers as they are")
 
     def convert(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The model with its linear layers packed, one after the other; each original is freed."""
-        return replace_linears(model, PackedLinear.of, self.keep)
+        """The model with its linear layers packed, one after the other, each original freed, and what lies between them
+        fused."""
+        return fuse(replace_linears(model, PackedLinear.of, self.keep))
 
     def __repr__(self) -> str:
         return f"Packed(keep={self.keep})" if self.keep else "Packed()"
@@ -81,7 +83,7 @@ class PackedLinear(nn.Module):
         self._tied = (tied,)  # in a tuple, because the embedding is no part of this module
         shape, lies = (self.out_features, self.in_features), packing(self._packed)
         address = torch.ops.mkldnn.data_ptr(self._packed)
-        self._few_rows = None if lies is None else few_rows(address, shape, lies, bias)
+        self.few_rows = None if lies is None else few_rows(address, shape, lies, bias)
 
     @classmethod
     def of(cls, linear: nn.Linear, model: PreTrainedModel) -> PackedLinear | None:
@@ -103,7 +105,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """bfloat16 [..., in] -> [..., out]."""
-        few = None if self._few_rows is None else self._few_rows(x)
+        few = None if self.few_rows is None else self.few_rows(x)
         if few is not None:
             return few
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")

@@ -40,7 +40,8 @@ def library(name: str) -> Any:
     if compiler is None or folder is None:
         return None
     source = Path(__file__).with_name(f"{name}.cpp")
-    key = "\0".join([source.read_text(encoding="utf-8"), *_COMPILE, compiler, torch.__version__, _processor()])
+    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    key = "\0".join([*texts, *_COMPILE, compiler, torch.__version__, _processor()])
     built = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     try:
         if not built.exists():

@@ -1,0 +1,123 @@
+"""What lies between a model's products, in one pass each: norms, the gate of an MLP, rotary positions.
+
+transformers computes each in several passes of torch's operators, which costs a small model a third of its step. The
+modules stay where they are, with their weights; the ``forward`` of an instance is exchanged, and only where a sample
+shows that ours computes what theirs does. Tensors that our kernels do not take go the old way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .native import elementwise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ROTATE = "apply_rotary_pos_emb"
+
+
+@torch.no_grad()
+def fuse(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, in bfloat16 on the CPU, with our kernels between its products; as it was where there are none."""
+    known: dict[type, Callable[..., Any] | None] = {}
+    for module in model.modules() if elementwise.available() else ():
+        if "forward" in vars(module):  # somebody else was there before
+            continue
+        kind = type(module)
+        if kind not in known:
+            known[kind] = _norm(module) or _gated(module) or _rotating(module)
+        forward = known[kind]
+        if forward is not None:
+            module.forward = MethodType(forward, module)
+    return model
+
+
+def _norm(module: nn.Module) -> Callable[..., Any] | None:
+    """For root mean square norms with a weight of their own."""
+    weights = dict(module.named_parameters())
+    if set(weights) != {"weight"} or weights["weight"].ndim != 1 or not _eps(module):
+        return None
+    plain: Any = type(module).forward
+
+    def forward(self: Any, x: Tensor) -> Any:
+        y = elementwise.rms_norm(x, self.weight, _eps(self))
+        return plain(self, x) if y is None else y
+
+    return forward if _same(module, forward, _sample(3, len(weights["weight"])) * 0.01) else None
+
+
+def _eps(module: nn.Module) -> Any:
+    held = vars(module)
+    return held.get("variance_epsilon", held.get("eps"))
+
+
+def _gated(module: nn.Module) -> Callable[..., Any] | None:
+    """For MLPs of three layers whose gate is a SiLU."""
+    if {name for name, _ in module.named_children()} != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        return None
+
+    def forward(self: Any, x: Tensor) -> Any:
+        hidden = _at_once(self.gate_proj, self.up_proj, x)
+        if hidden is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+            hidden = elementwise.silu_times(gate, up)
+            hidden = self.act_fn(gate) * up if hidden is None else hidden
+        return self.down_proj(hidden)
+
+    size = getattr(module.gate_proj, "in_features", 0)
+    return forward if size and _same(module, forward, _sample(3, size)) else None
+
+
+def _at_once(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor | None:
+    """silu(gate(x)) * up(x) of packed layers and few rows, in one call."""
+    first, second = (getattr(layer, "few_rows", None) for layer in (gate, up))
+    return None if first is None or second is None else first.gated(second, x)
+
+
+def _rotating(module: nn.Module) -> Callable[..., Any] | None:
+    """For attentions: their own ``forward``, in which the function for rotary positions is ours."""
+    forward: Any = type(module).forward
+    if not isinstance(forward, FunctionType) or _ROTATE not in forward.__code__.co_names:
+        return None
+    plain = forward.__globals__.get(_ROTATE)
+    if plain is None or not _rotates(plain):
+        return None
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = None if args or kwargs else elementwise.rotate(q, k, cos, sin)
+        return plain(q, k, cos, sin, *args, **kwargs) if found is None else found
+
+    names = {**forward.__globals__, _ROTATE: rotate}
+    ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    ours.__kwdefaults__ = forward.__kwdefaults__
+    return ours
+
+
+def _rotates(plain: Callable[..., Any]) -> bool:
+    q, k = (_sample(3, heads * 8).view(1, 3, heads, 8).transpose(1, 2) for heads in (4, 2))
+    cos, sin = _sample(3, 8), _sample(3, 8).flip(1)
+    ours = elementwise.rotate(q, k, cos, sin)
+    with contextlib.suppress(Exception):
+        theirs = plain(q, k, cos, sin)
+        return ours is not None and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    return False
+
+
+def _same(module: nn.Module, forward: Callable[..., Any], x: Tensor) -> bool:
+    """Whether a forward gives what the module's own does, but for a rounding."""
+    with contextlib.suppress(Exception):
+        return torch.allclose(forward(module, x), module(x), rtol=2**-7, atol=0)
+    return False
+
+
+def _sample(tokens: int, size: int) -> Tensor:
+    """bfloat16 [1, tokens, size], normal."""
+    draw = torch.Generator().manual_seed(size)
+    return torch.randn(1, tokens, size, generator=draw).bfloat16()
