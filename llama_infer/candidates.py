@@ -135,8 +135,8 @@ def _likeliest(logits: Tensor, count: int) -> tuple[Array, Array]:
     ids = np.empty((rows, count), dtype=np.int64)
     for row in range(rows):
         chosen = maxima[row].argpartition(first)[first:]  # the least of them first
-        inside = grouped[row, chosen].ravel()
-        places = np.flatnonzero(~(inside < maxima[row, chosen[0]]))  # at least the maxima themselves, and NaN
+        inside = grouped[row].take(chosen, axis=0).ravel()
+        places = (~(inside < maxima[row, chosen[0]])).nonzero()[0]  # at least the maxima themselves, and NaN
         found = inside[places]
         order = found.argsort()[: -count - 1 : -1]
         values[row], places = found[order], places[order]
