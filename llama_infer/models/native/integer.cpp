@@ -265,67 +265,70 @@ struct alignas(64) Sums {
     int32_t of[4][16][16];
 };
 
-// Adds a span's share of 32 outputs to the totals of some rows.
-inline void add(const Sums& sums, const __m512* scale, const float* step, int64_t spans, int rows, float* total) {
-    for (int r = 0; r < rows; r++)
-        for (int q = 0; q < 2; q++) {
-            float* to = total + r * BLOCK + 16 * q;
-            const __m512i sum = _mm512_load_si512(sums.of[r / 16 * 2 + q][r % 16]);
-            const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale[q]);
-            _mm512_store_ps(to, _mm512_fmadd_ps(part, _mm512_set1_ps(step[r * spans]), _mm512_load_ps(to)));
-        }
+// Adds a span's share of 32 outputs to the totals of up to 16 rows.
+inline void add(const Sums& sums, int tile, const __m512* scale, const float* step, int64_t spans, int rows, float* total) {
+    const int32_t(*sum)[16] = sums.of[2 * tile];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++, total += BLOCK, step += spans) {
+        const __m512 by = _mm512_set1_ps(*step);
+        const __m512 a = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sum[r])), scale[0]);
+        const __m512 b = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sum[r + 16])), scale[1]);
+        _mm512_store_ps(total, _mm512_fmadd_ps(a, by, _mm512_load_ps(total)));
+        _mm512_store_ps(total + 16, _mm512_fmadd_ps(b, by, _mm512_load_ps(total + 16)));
+    }
 }
 
-// One block for up to 32 rows. While the tiles are multiplied, the sums before are scaled, and of the block that comes
-// next a part is asked for.
+// One block for up to 32 rows. What was multiplied is scaled while the next tiles are multiplied, a half in turn, and
+// of the block that comes next a part is asked for.
 template <typename F>
 void tiles(const Tokens& tokens, int64_t row, const uint8_t* block, int8_t* panel, float (*total)[BLOCK]) {
     const int64_t spans = tokens.spans, passes = (tokens.rows + 31) / 32, ahead = spans * F::RECORD;
     const int rows = int(std::min<int64_t>(32, tokens.rows - row));
-    const float* step = tokens.scale + row * spans;
     const uint8_t *asked = block + ahead + row / 32 * ahead / passes / 64 * 64, *enough = asked;
     Sums sums[2];
-    __m512 scale[2][2];
-    for (int64_t unit = 0; unit <= 2 * spans; unit++) {
-        const int64_t span = unit / 2;
-        const int pair = unit % 2 * 2;
-        if (unit < 2 * spans) {
-            const uint8_t* record = block + span * F::RECORD;
-            const int8_t* x = tokens.tiles(row) + span * 2048;
-            int8_t* at = panel + span * BLOCK * SPAN;
-            if (pair == 0 && row == 0) F::expand(record, at);
-            const int8_t* w = (panel ? at : (const int8_t*)record) + pair * 2048;
-            scale[unit % 2][0] = scales<F>(record, pair), scale[unit % 2][1] = scales<F>(record, pair + 1);
-            __asm__ volatile("" ::: "memory");  // the intrinsics do not say that they read memory
+    __m512 scale[2];
+    for (int64_t unit = 0; unit <= 2 * spans; unit++) {  // 32 outputs of a span, and the scaling of those before
+        const int64_t span = unit / 2, before = (unit - 1) / 2;
+        const int pair = unit % 2 * 2, other = 2 - pair;
+        const bool more = unit < 2 * spans;
+        const uint8_t* record = block + span * F::RECORD;
+        const float* step = tokens.scale + row * spans + before;
+        if (more) {
+            if (pair == 0 && row == 0) F::expand(record, panel + span * BLOCK * SPAN);
             _tile_zero(0);
             _tile_zero(1);
             _tile_zero(2);
             _tile_zero(3);
+            for (enough += F::RECORD / 2 / passes; asked < enough; asked += 64) _mm_prefetch(asked, _MM_HINT_T1);
+        }
 #pragma GCC unroll 2
-            for (int half = 0; half < 2; half++) {
-                _tile_loadd(4, x + half * 1024, 64);
-                _tile_loadd(6, w + half * 1024, 64);
-                _tile_loadd(7, w + 2048 + half * 1024, 64);
+        for (int half = 0; half < 2; half++) {
+            if (more) {
+                const int8_t* x = tokens.tiles(row) + span * 2048 + half * 1024;
+                const int8_t* w = (panel ? panel + span * BLOCK * SPAN : (const int8_t*)record) + pair * 2048 + half * 1024;
+                __asm__ volatile("" ::: "memory");  // the intrinsics do not say that they read memory
+                _tile_loadd(4, x, 64);
+                _tile_loadd(6, w, 64);
+                _tile_loadd(7, w + 2048, 64);
                 _tile_dpbssd(0, 4, 6);
                 _tile_dpbssd(1, 4, 7);
                 if (rows > 16) {
-                    _tile_loadd(5, x + spans * 2048 + half * 1024, 64);
+                    _tile_loadd(5, x + spans * 2048, 64);
                     _tile_dpbssd(2, 5, 6);
                     _tile_dpbssd(3, 5, 7);
                 }
             }
-            for (enough += F::RECORD / 2 / passes; asked < enough; asked += 64) _mm_prefetch(asked, _MM_HINT_T1);
+            if (unit > 0)
+                add(sums[other / 2], half, scale, step + 16 * half * spans, spans, std::min(rows - 16 * half, 16),
+                    total[16 * half] + 16 * other);
         }
-        if (unit > 0) {
-            const int other = (unit - 1) % 2;
-            add(sums[other], scale[other], step + (unit - 1) / 2, spans, rows, total[0] + 32 * other);
-        }
-        if (unit < 2 * spans) {
-            Sums& to = sums[unit % 2];
+        if (more) {
+            Sums& to = sums[pair / 2];
             _tile_stored(0, to.of[0], 64);
             _tile_stored(1, to.of[1], 64);
             _tile_stored(2, to.of[2], 64);
             _tile_stored(3, to.of[3], 64);
+            scale[0] = scales<F>(record, pair), scale[1] = scales<F>(record, pair + 1);
         }
     }
 }
