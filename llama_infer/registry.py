@@ -88,6 +88,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "bnb-int8": "llama_infer.models.quantization:BitsAndBytesInt8",
         "bnb-nf4": "llama_infer.models.quantization:BitsAndBytesNF4",
         "bnb-fp4": "llama_infer.models.quantization:BitsAndBytesFP4",
+        "torchao": "llama_infer.models.torchao:TorchAO",
     },
     "formatter": {
         "auto": "llama_infer.prompts.auto:AutoFormatter",
@@ -144,8 +145,14 @@ def register(kind: Kind, name: str) -> Callable[[T], T]:
 
 
 def resolve(kind: Kind, given: Any) -> Any:
-    """The part for a slot: a name is looked up and instantiated; a class is instantiated; an object is itself."""
+    """The part for a slot: a name is looked up and instantiated; a class is instantiated; an object is itself.
+
+    A part with a method ``named`` is called with what follows a colon: ``"torchao:int8_weight_only"``.
+    """
     if isinstance(given, str):
+        name, colon, argument = given.partition(":")
+        if colon and (kind, given) not in _registered and hasattr(factory := _lookup(kind, name), "named"):
+            return factory.named(argument)
         return _lookup(kind, given)()
     if isinstance(given, type):
         return given()

@@ -110,7 +110,7 @@ def prepare_bitsandbytes() -> None:
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingDependencyError("8-bit and 4-bit weights need bitsandbytes: pip install 'bitsandbytes>=0.46'")
-    with _hidden("kernels"), _only_errors("bitsandbytes.backends.cpu.ops"):
+    with _hidden("kernels"), only_errors("bitsandbytes.backends.cpu.ops"):
         importlib.import_module("bitsandbytes")
     noisy = logging.getLogger("bitsandbytes.autograd._functions")
     if _about_casts not in noisy.filters:
@@ -153,7 +153,8 @@ def _hidden(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _only_errors(name: str) -> Iterator[None]:
+def only_errors(name: str) -> Iterator[None]:
+    """Without what a logger says below that level."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -16,7 +16,7 @@ from .adapters import Adapter, apply_adapter
 from .checks import Checkpoint
 from .gguf import gguf_options, is_gguf, quiet_bar
 from .parallel import split
-from .quantization import need_reader, plain_layouts, prepare_bitsandbytes
+from .quantization import need_reader, only_errors, plain_layouts, prepare_bitsandbytes
 
 if TYPE_CHECKING:
     import torch
@@ -98,14 +98,14 @@ def _policy(source: Source, checkpoint: Checkpoint, dtype: torch.dtype | str, de
 
 
 def _from_pretrained(folder: Path, options: dict[str, Any], trust: bool) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    load: Any = AutoModelForCausalLM.from_pretrained
     config = None
     place, bar = (folder.parent, quiet_bar()) if is_gguf(folder) else (folder, contextlib.nullcontext())
     known = {name: options[name] for name in options if name == "gguf_file"}
     try:
         with quiet(), bar:
+            from transformers import AutoConfig, AutoModelForCausalLM
+
+            load: Any = AutoModelForCausalLM.from_pretrained
             # The config apart, because a kernel that config.json names would else win over the one asked for.
             config = AutoConfig.from_pretrained(place, trust_remote_code=trust, local_files_only=True, **known)
             model, report = load(
@@ -160,16 +160,14 @@ def quiet() -> Iterator[None]:
     logging: Any = importlib.import_module("transformers.utils.logging")
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(max(verbosity, logging.ERROR))
-    dispatch = logging.logging.getLogger("accelerate.big_modeling")
-    level = dispatch.level
-    dispatch.setLevel(logging.ERROR)
     if bars and not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        yield
+        # transformers imports torchao wherever it is installed
+        with only_errors("accelerate.big_modeling"), only_errors("torchao"), only_errors("torch.utils._pytree"):
+            yield
     finally:
         logging.set_verbosity(verbosity)
-        dispatch.setLevel(level)
         if bars:
             logging.enable_progress_bar()
 
