@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
-from llama_infer.models.native import elementwise
 from llama_infer.models.native.build import library
 from llama_infer.models.native.linear import Packing, few_rows
 from llama_infer.models.packed import PackedLinear, packing, refusal
@@ -110,27 +109,6 @@ def test_what_onednn_packs_is_read(shape, bias):
         packed.few_rows = None
         close(packed(x), exact)
         packed.few_rows = kernel
-
-
-@compiled
-@pytest.mark.parametrize("shape", [(64, 64), (129, 66), (100, 71)])
-@pytest.mark.parametrize("multiple", [16, 32])
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_gated_pair_is_its_parts(shape, multiple, bias):
-    """Bit for bit what the two layers and the gate's kernel give one after the other."""
-    layers, held = [], []
-    for seed in (1, 2):
-        weight, added = layer(*shape, bias, seed)
-        laid, lies = laid_out(weight, 32, multiple)
-        held.append(laid)
-        layers.append(few_rows(laid.data_ptr(), shape, lies, added))
-    gate, up = layers
-    for rows in (1, 17, 32):
-        x = inputs_of(rows, shape[1])
-        assert torch.equal(gate.gated(up, x), elementwise.silu_times(gate(x), up(x)))
-    assert gate.gated(up, inputs_of(33, shape[1])) is None
-    laid, lies = laid_out(layer(*shape)[0], 64, multiple)
-    assert gate.gated(few_rows(laid.data_ptr(), shape, lies, None), inputs_of(1, shape[1])) is None
 
 
 @compiled

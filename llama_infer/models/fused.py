@@ -64,21 +64,12 @@ def _gated(module: nn.Module) -> Callable[..., Any] | None:
         return None
 
     def forward(self: Any, x: Tensor) -> Any:
-        hidden = _at_once(self.gate_proj, self.up_proj, x)
-        if hidden is None:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-            hidden = elementwise.silu_times(gate, up)
-            hidden = self.act_fn(gate) * up if hidden is None else hidden
-        return self.down_proj(hidden)
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        hidden = elementwise.silu_times(gate, up)
+        return self.down_proj(self.act_fn(gate) * up if hidden is None else hidden)
 
     size = getattr(module.gate_proj, "in_features", 0)
     return forward if size and _same(module, forward, _sample(3, size)) else None
-
-
-def _at_once(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor | None:
-    """silu(gate(x)) * up(x) of packed layers and few rows, in one call."""
-    first, second = (getattr(layer, "few_rows", None) for layer in (gate, up))
-    return None if first is None or second is None else first.gated(second, x)
 
 
 def _rotating(module: nn.Module) -> Callable[..., Any] | None:

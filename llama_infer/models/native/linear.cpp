@@ -31,18 +31,10 @@ struct Layer {  // as linear.py fills it
 // requests from the first are few, and x needs them.
 inline void fetch(const Half* at) { __builtin_prefetch((const char*)at + 4096, 0, 2); }
 
-// Where results go: a row of the layer's outputs, from the first of a block on, every `stride` numbers.
-struct Place {
-    Half* at;
-    int64_t stride;
-
-    Place row(int64_t r) const { return {at + r * stride, stride}; }
-    Place output(int64_t n) const { return {at + n, stride}; }
-};
-
 // A row's outputs from `first` on, as many of `most` as the layer has.
 inline void store(const float* sums, const Layer& layer, int64_t first, int64_t most, Half* y) {
     const int64_t count = std::min(most, layer.out - first);
+    y += first;
     if (layer.bias)
         for (int64_t n = 0; n < count; n++) y[n] = narrow(sums[n] + widen(layer.bias[first + n]));
     else
@@ -72,7 +64,7 @@ inline Lanes dot(Lanes sum, Words weights, uint32_t inputs) {
 
 // A block of VECTORS * 16 outputs, for ROWS rows.
 template <int VECTORS, int ROWS>
-void some(const Layer& layer, const Half* w, const Half* x, Place y, int64_t first) {
+void some(const Layer& layer, const Half* w, const Half* x, Half* y, int64_t first) {
     Lanes sums[ROWS][VECTORS] = {};
     for (int64_t k = 0; k < layer.inputs; k += 2, w += VECTORS * 32) {
         Words weights[VECTORS];
@@ -85,20 +77,20 @@ void some(const Layer& layer, const Half* w, const Half* x, Place y, int64_t fir
             for (int v = 0; v < VECTORS; v++) sums[r][v] = dot(sums[r][v], weights[v], inputs);
         }
     }
-    for (int r = 0; r < ROWS; r++) store((const float*)sums[r], layer, first, VECTORS * 16, y.row(r).at);
+    for (int r = 0; r < ROWS; r++) store((const float*)sums[r], layer, first, VECTORS * 16, y + r * layer.out);
 }
 
 // The same for any number of them, as many at a time as the registers hold.
 template <int VECTORS>
-void vectors(const Layer& layer, const Half* w, const Half* x, Place y, int64_t rows, int64_t first) {
+void vectors(const Layer& layer, const Half* w, const Half* x, Half* y, int64_t rows, int64_t first) {
     constexpr int MOST = VECTORS < 3 ? 8 : 6;
-    using Some = void (*)(const Layer&, const Half*, const Half*, Place, int64_t);
+    using Some = void (*)(const Layer&, const Half*, const Half*, Half*, int64_t);
     static constexpr Some runs[] = {some<VECTORS, 1>, some<VECTORS, 2>, some<VECTORS, 3>, some<VECTORS, 4>,
                                     some<VECTORS, 5>, some<VECTORS, 6>, some<VECTORS, 7>, some<VECTORS, 8>};
     const int64_t sixteen = layer.tiled() * TALL;
     for (int64_t r = 0; r < rows;) {
         const int64_t count = std::min<int64_t>({MOST, rows - r, TALL - r % TALL});
-        runs[count - 1](layer, w, x + r / TALL * sixteen + r % TALL * WIDE, y.row(r), first);
+        runs[count - 1](layer, w, x + r / TALL * sixteen + r % TALL * WIDE, y + r * layer.out, first);
         r += count;
     }
 }
@@ -112,13 +104,13 @@ struct alignas(64) Shapes {
     explicit Shapes(int64_t upper) { rows[0] = rows[1] = rows[4] = uint8_t(upper); }
 };
 
-inline void store_tile(const float* sums, const Layer& layer, int64_t first, int64_t rows, Place y) {
-    for (int64_t r = 0; r < rows; r++) store(sums + r * 16, layer, first, 16, y.row(r).at);
+inline void store_tile(const float* sums, const Layer& layer, int64_t first, int64_t rows, Half* y) {
+    for (int64_t r = 0; r < rows; r++) store(sums + r * 16, layer, first, 16, y + r * layer.out);
 }
 
 // 32 outputs of up to 32 rows; LOWER: of more than 16.
 template <bool LOWER>
-void products(const Layer& layer, const Half* w, const Half* x, Place y, int64_t rows, int64_t first) {
+void products(const Layer& layer, const Half* w, const Half* x, Half* y, int64_t rows, int64_t first) {
     const Half* below = x + layer.inputs * TALL;
     const int64_t pair = layer.block * 2;
     _tile_zero(0);
@@ -147,26 +139,22 @@ void products(const Layer& layer, const Half* w, const Half* x, Place y, int64_t
     _tile_stored(0, sums[0], 64);
     _tile_stored(1, sums[1], 64);
     for (int half = 0; half < 2; half++)
-        store_tile(sums[half], layer, first + half * 16, std::min(rows, TALL), y.output(half * 16));
+        store_tile(sums[half], layer, first + half * 16, std::min(rows, TALL), y);
     if constexpr (LOWER) {
         _tile_stored(2, sums[2], 64);
         _tile_stored(3, sums[3], 64);
         for (int half = 0; half < 2; half++)
-            store_tile(sums[2 + half], layer, first + half * 16, rows - TALL, y.row(TALL).output(half * 16));
+            store_tile(sums[2 + half], layer, first + half * 16, rows - TALL, y + TALL * layer.out);
     }
 }
 
 // A thread's tiles; in the end as they were, for oneDNN keeps its own from call to call.
 class Tiles {
   public:
-    explicit Tiles(bool used) : used_(used) {
-        if (used_) _tile_storeconfig(before_);
-    }
-    ~Tiles() {
-        if (used_) _tile_loadconfig(before_);
-    }
+    Tiles() { _tile_storeconfig(before_); }
+    ~Tiles() { _tile_loadconfig(before_); }
 
-    void block(const Layer& layer, const Half* w, const Half* x, Place y, int64_t rows, int64_t first) {
+    void block(const Layer& layer, const Half* w, const Half* x, Half* y, int64_t rows, int64_t first) {
         for (int64_t r = 0; r < rows; r += 2 * TALL) {
             const int64_t count = std::min(2 * TALL, rows - r), upper = std::min(count, TALL);
             if (upper != upper_) {
@@ -176,12 +164,11 @@ class Tiles {
             }
             const auto run = count > TALL ? products<true> : products<false>;
             for (int64_t n = 0; n < layer.block && first + n < layer.out; n += 32)
-                run(layer, w + n * 2, x + r * layer.inputs, y.row(r).output(n), count, first + n);
+                run(layer, w + n * 2, x + r * layer.inputs, y + r * layer.out, count, first + n);
         }
     }
 
   private:
-    const bool used_;
     alignas(64) char before_[64];
     int64_t upper_ = 0;
 };
@@ -211,74 +198,36 @@ Half* scratch(size_t count) {
     return buffer.at;
 }
 
-// What a thread computes with: the tiles, where there are some, or vectors.
-class Worker {
-  public:
-#ifdef LLAMA_INFER_TILES
-    explicit Worker(bool tiled) : tiled_(tiled), tiles_(tiled) {}
-#else
-    explicit Worker(bool) {}
-#endif
+}  // namespace
 
-    // Block `b` of a layer's outputs.
-    void block(const Layer& layer, const Half* x, Place y, int64_t rows, int64_t b) {
-        const Half* w = layer.weight + b * layer.block * layer.inputs;
-        const int64_t first = b * layer.block;
-#ifdef LLAMA_INFER_TILES
-        if (tiled_) return tiles_.block(layer, w, x, y, rows, first);
-#endif
-        if (layer.block == 16) vectors<1>(layer, w, x, y, rows, first);
-        if (layer.block == 32) vectors<2>(layer, w, x, y, rows, first);
-        if (layer.block == 48) vectors<3>(layer, w, x, y, rows, first);
-        if (layer.block == 64) vectors<4>(layer, w, x, y, rows, first);
-    }
-
-#ifdef LLAMA_INFER_TILES
-  private:
-    const bool tiled_;
-    Tiles tiles_;
-#endif
-};
-
-// Calls work(worker, tiles of x, b) for every block; each thread has a share of neighbours. False: there is no memory.
-template <typename Work>
-bool share(const Layer& layer, const Half* x, int64_t rows, Work work) {
-    const int64_t blocks = (layer.out + layer.block - 1) / layer.block, sixteen = layer.tiled() * TALL;
+// x [rows, in] and y [rows, out] lie densely. False: there is no memory.
+extern "C" bool linear(const Layer* given, const Half* x, Half* y, int64_t rows) {
+    const Layer layer = *given;
+    const int64_t blocks = (layer.out + layer.block - 1) / layer.block;
+    const int64_t sixteen = layer.tiled() * TALL;
     Half* tiles = scratch((rows + TALL - 1) / TALL * sixteen);
-    const bool tiled = have_tiles() && layer.block % 32 == 0 && layer.inputs % WIDE == 0;
     if (!tiles) return false;
+    const bool tiled = have_tiles() && layer.block % 32 == 0 && layer.inputs % WIDE == 0;
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r += TALL) gather(layer, x + r * layer.in, rows - r, tiles + r / TALL * sixteen);
-        Worker worker(tiled);
+#ifdef LLAMA_INFER_TILES
+        if (tiled) {
+            Tiles own;
 #pragma omp for schedule(static)
-        for (int64_t b = 0; b < blocks; b++) work(worker, tiles, b);
+            for (int64_t b = 0; b < blocks; b++)
+                own.block(layer, layer.weight + b * layer.block * layer.inputs, tiles, y, rows, b * layer.block);
+        } else
+#endif
+#pragma omp for schedule(static)
+            for (int64_t b = 0; b < blocks; b++) {
+                const Half* w = layer.weight + b * layer.block * layer.inputs;
+                if (layer.block == 16) vectors<1>(layer, w, tiles, y, rows, b * layer.block);
+                if (layer.block == 32) vectors<2>(layer, w, tiles, y, rows, b * layer.block);
+                if (layer.block == 48) vectors<3>(layer, w, tiles, y, rows, b * layer.block);
+                if (layer.block == 64) vectors<4>(layer, w, tiles, y, rows, b * layer.block);
+            }
     }
     return true;
-}
-
-}  // namespace
-
-// x [rows, in] and y [rows, out] lie densely.
-extern "C" bool linear(const Layer* layer, const Half* x, Half* y, int64_t rows) {
-    return share(*layer, x, rows, [=](Worker& worker, const Half* tiles, int64_t b) {
-        worker.block(*layer, tiles, {y + b * layer->block, layer->out}, rows, b);
-    });
-}
-
-// silu(gate(x)) * up(x), of two layers of one shape that lie alike; at most MOST rows.
-extern "C" bool gated(const Layer* gate, const Layer* up, const Half* x, Half* y, int64_t rows) {
-    constexpr int64_t MOST = 32, WIDEST = 64;
-    return rows <= MOST && share(*gate, x, rows, [=](Worker& worker, const Half* tiles, int64_t b) {
-        alignas(64) Half of_gate[MOST * WIDEST], of_up[MOST * WIDEST];
-        const int64_t first = b * gate->block, count = std::min(gate->block, gate->out - first);
-        worker.block(*gate, tiles, {of_gate, WIDEST}, rows, b);
-        worker.block(*up, tiles, {of_up, WIDEST}, rows, b);
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t n = 0; n < count; n += LANES) {
-                const int64_t at = r * WIDEST + n;
-                silu_times(of_gate + at, of_up + at, y + r * gate->out + first + n, std::min<int64_t>(LANES, count - n));
-            }
-    });
 }

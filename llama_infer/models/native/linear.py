@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +48,6 @@ class FewRows:
     """
 
     def __init__(self, weight: int, shape: tuple[int, int], packing: Packing, bias: Tensor | None = None) -> None:
-        self.shape, self.packing = shape, packing
         self._out, self._in = shape
         self._bias = None if bias is None else bias.detach().contiguous()  # held, because its address is
         at = None if self._bias is None else self._bias.data_ptr()
@@ -60,21 +58,12 @@ class FewRows:
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """bfloat16 [..., in] -> [..., out]; None where it would not pay, or is not for this kernel."""
-        return self._call(self._run, self._address, x=x)
-
-    def gated(self, up: FewRows, x: Tensor) -> Tensor | None:
-        """silu(self(x)) * up(x), in one call; None likewise, or where the two layers differ."""
-        if (self.shape, self.packing) != (up.shape, up.packing):
-            return None
-        return self._call(_kernels().gated, self._address, up._address, x=x)
-
-    def _call(self, run: Callable[..., bool], *layers: int, x: Tensor) -> Tensor | None:
         size = x.numel()
         if not 0 < size <= self._most or x.shape[-1] != self._in or x.dtype != torch.bfloat16 or not x.is_cpu:
             return None
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], self._out))
-        return y if run(*layers, x.data_ptr(), y.data_ptr(), size // self._in) else None
+        return y if self._run(self._address, x.data_ptr(), y.data_ptr(), size // self._in) else None
 
 
 def few_rows(weight: int, shape: tuple[int, int], packing: Packing, bias: Tensor | None) -> FewRows | None:
@@ -91,6 +80,5 @@ def _kernels() -> Any:
     kernels = library("linear")
     if kernels is not None:
         kernels.linear.argtypes = (*[ctypes.c_void_p] * 3, ctypes.c_int64)
-        kernels.gated.argtypes = (*[ctypes.c_void_p] * 4, ctypes.c_int64)
-        kernels.linear.restype = kernels.gated.restype = ctypes.c_bool
+        kernels.linear.restype = ctypes.c_bool
     return kernels

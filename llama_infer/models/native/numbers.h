@@ -58,14 +58,4 @@ inline Lanes exponential(Lanes x) {
     return sum * (Lanes)((power + 127) << 23);
 }
 
-// gate / (1 + e^-gate) * up.
-inline void silu_times(const Half* gate, const Half* up, Half* y, int count = LANES) {
-    Halves a = {}, b = {};
-    std::memcpy(&a, gate, count * sizeof(Half));
-    std::memcpy(&b, up, count * sizeof(Half));
-    const Lanes x = widen(a);
-    a = narrow(widen(narrow(x / (1.f + exponential(-x)))) * widen(b));
-    std::memcpy(y, &a, count * sizeof(Half));
-}
-
 }  // namespace
