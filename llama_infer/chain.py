@@ -115,7 +115,7 @@ class Chain:
                 head, tail = _split(active)
                 stages = _Stages(head, tail, [], _window(tail, batch))
         first = next((part for part in stages.head if "pure" not in traits(part)), None)
-        if not stages.accepting and "history_only" in traits(first):
+        if not stages.accepting and "history_only" in traits(first) and batch.device.type == "cpu":
             stages = stages._replace(lends=True)
         self._memo = (batch.values, stages)
         return stages
@@ -179,13 +179,15 @@ def _is_writable(logits: Tensor) -> bool:
 @contextlib.contextmanager
 def _restored(logits: Tensor, tokens: Tensor) -> Iterator[None]:
     """Whatever is written into the logits at the known ``tokens`` [R, T] is undone: that costs as much as the history
-    is long, a copy as much as the vocabulary is large."""
-    ids = tokens.clamp(min=0)
-    before = logits.gather(1, ids)
+    is long, a copy as much as the vocabulary is large. On the CPU."""
+    values, (rows, vocab_size) = logits.numpy().reshape(-1), logits.shape
+    # A filling of -1 is the last logit of the row before, which is put back like any other.
+    places = (tokens.numpy() + np.arange(0, rows * vocab_size, vocab_size)[:, None]).ravel()
+    before = values.take(places)
     try:
         yield
     finally:
-        logits.scatter_(1, ids, before)
+        values[places] = before
 
 
 def _apply(parts: Sequence[Any], logits: Tensor, batch: Batch, writable: bool = False) -> Tensor:

@@ -163,8 +163,8 @@ class LogitsProcessor(Protocol):
     """Changes scores before the choice. A plain function qualifies. It may write into the tensor that it is given.
 
     A truncation may have ``narrow(candidates, batch) -> Candidates`` too: the same on the likeliest tokens only (see
-    :mod:`llama_infer.candidates`), and a sampler ``choose(candidates, batch) -> int64 [R]``,
-    the place of its choice among them.
+    :mod:`llama_infer.candidates`, whose numbers are arrays of numpy), and a sampler ``choose(candidates, batch)``, an
+    int64 array [R]: the place of its choice among them.
     """
 
     def __call__(self, logits: Tensor, batch: Batch, /) -> Tensor:

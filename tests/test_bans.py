@@ -68,6 +68,15 @@ def no_bad_words(logits, history, prompt_length, params):
     return biased(logits, history, 0, {"sequence_bias": {tuple(w): -math.inf for w in params["bad_words_ids"]}})
 
 
+def suppressed(logits, history, prompt_length, params):
+    return without(logits, set(params["suppress_tokens"]))
+
+
+def allowed(logits, history, prompt_length, params):
+    ids = set(params["allowed_token_ids"])
+    return without(logits, set(range(len(logits))) - ids) if ids else logits
+
+
 @MODEST
 @given(cases(largest_vocabulary=4), st.data())
 def test_no_repeat_ngram_size(case, data):
@@ -118,6 +127,24 @@ def test_bad_words_ids(case, data):
             close(got[row], foreign(theirs, case, row).tolist())
 
 
+WIDE = 128_256
+
+
+@pytest.mark.parametrize(
+    ("part", "params", "define"),
+    [
+        (bans.NoRepeatNgram(), [{"no_repeat_ngram_size": 2}, {}, {"no_repeat_ngram_size": 1}], ngrams),
+        (bans.SequenceBias(), [{"sequence_bias": {(WIDE - 2, WIDE - 1): 2.5, (7,): -math.inf}}, {}, {}], biased),
+        (bans.BadWords(), [{"bad_words_ids": ((9, WIDE - 1), (5,))}, {}, {"bad_words_ids": ((3,),)}], no_bad_words),
+        (bans.SuppressTokens(), [{"suppress_tokens": (0, WIDE - 1)}, {}, {"suppress_tokens": (4,)}], suppressed),
+        (bans.AllowedTokens(), [{"allowed_token_ids": (1, WIDE - 1)}, {}, {"allowed_token_ids": (2,)}], allowed),
+    ],
+)
+def test_on_a_real_vocabulary(part, params, define):
+    logits = torch.randn(3, WIDE, generator=torch.Generator().manual_seed(3))
+    check(part, Case(logits, [[9, WIDE - 1, 9], [WIDE - 2], [3, 3, WIDE - 2]], [1, 1, 0]), params, define)
+
+
 def test_bad_words_are_banned_with_and_without_a_space(tokenizer):
     """Bytes: the word's last letter is banned behind its others, and " x" behind a space."""
     histories = [list(b"this is ba"), list(b"this is x"), list(b"y "), list(b"bb")]
@@ -142,13 +169,6 @@ def test_bad_words_need_a_tokenizer():
 def test_lists_of_tokens(case, data):
     lists = tokens_below(case.logits.shape[1], max_size=5)
     drawn = [data.draw(lists) for _ in case.histories]
-
-    def allowed(logits, history, prompt_length, params):
-        keep = params["allowed_token_ids"]
-        return without(logits, set(range(len(logits))) - set(keep)) if keep else logits
-
-    def suppressed(logits, history, prompt_length, params):
-        return without(logits, params["suppress_tokens"])
 
     def suppressed_first(logits, history, prompt_length, params):
         return without(logits, params["begin_suppress_tokens"]) if len(history) == prompt_length else logits
