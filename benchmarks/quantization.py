@@ -25,7 +25,7 @@ from llama_infer.models.size import weight_bytes
 from llama_infer.parts import Source
 
 ROWS = (1, 4, 16, 32, 128, 512)
-POLICIES = ("none", "packed", "int8", "int4", "int4-batched")
+POLICIES = ("none", "packed", "int8", "int4")
 COPIES = 6
 """Layers that take turns, so that none is still in the processor's cache."""
 
@@ -47,7 +47,7 @@ def layers(inputs: int, outputs: int) -> dict[str, dict[int, float]]:
     plain = [torch.nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16) for _ in weights]
     for linear, weight in zip(plain, weights, strict=True):
         linear.weight.data.copy_(weight)
-    forms: dict[str, Any] = {"int8": Int8(), "int4": Int4(), "int4-batched": Int4(batched=True)}
+    forms: dict[str, Any] = {"int8": Int8(), "int4": Int4()}
     made: dict[str, list[Any]] = {"none": list(plain), "packed": [PackedLinear(linear.weight) for linear in plain]}
     for name, form in forms.items():
         made[name] = [form.layer(form.quantise(weight), None, torch.bfloat16) for weight in weights]

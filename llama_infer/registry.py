@@ -84,7 +84,6 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "packed": "llama_infer.models.packed:Packed",
         "int8": "llama_infer.models.int8:Int8",
         "int4": "llama_infer.models.int4:Int4",
-        "int4-batched": "llama_infer.models.int4:Int4Batched",
         "bnb-int8": "llama_infer.models.quantization:BitsAndBytesInt8",
         "bnb-nf4": "llama_infer.models.quantization:BitsAndBytesNF4",
         "bnb-fp4": "llama_infer.models.quantization:BitsAndBytesFP4",

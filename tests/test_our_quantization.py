@@ -23,7 +23,7 @@ from llama_infer.parts import Source
 IDS = torch.tensor([[256, *b"Why must we reduce pollution?"]])
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not _exact_products(), reason="needs VNNI")
-FORMS = [Int8(), Int8(activations=False), Int4(32), Int4(64), Int4(128), Int4(32, batched=True)]
+FORMS = [Int8(), Int8(activations=False), Int4(32), Int4(64), Int4(128)]
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +56,16 @@ def test_a_layer_computes_with_the_weights_it_stands_for(form, rows):
     stands_for = form.dequantise(form.quantise(weight))
     assert torch.equal(layer.weight, stands_for.bfloat16())
     exact = F.linear(x.double(), stands_for.double(), bias.double())
-    rounded_too = getattr(form, "activations", form.batched if isinstance(form, Int4) else False)
-    assert relative(layer(x), exact) < (0.013 if rounded_too else 0.004)
+    assert relative(layer(x), exact) < (0.008 if getattr(form, "activations", True) else 0.004)
     assert layer(x).shape == (2, rows, 192) and layer(x).dtype == torch.bfloat16
     assert torch.equal(layer(x[:, -1:]), layer(x[:, -1:].contiguous()))  # as ``logits_to_keep`` slices it
 
 
 @pytest.mark.parametrize(
-    ("form", "limit"), [(Int8(), 0.013), (Int8(activations=False), 0.009), (Int4(32), 0.08), (Int4(128), 0.1)]
+    ("form", "limit"), [(Int8(), 0.01), (Int8(activations=False), 0.009), (Int4(32), 0.08), (Int4(128), 0.1)]
 )
 def test_error_on_random_layers(form, limit):
-    """Normal weights, the hardest of the usual: against nn.Linear's own (uniform) int8 stays within 1 %."""
+    """Normal weights, the hardest of the usual, and nn.Linear's own (uniform)."""
     weight, x = random(512, 1024), random(32, 1024, seed=1).bfloat16()
     exact = F.linear(x.double(), weight.double())
     assert 0.001 < relative(layer_of(form, weight)(x), exact) < limit
@@ -77,19 +76,11 @@ def test_error_on_random_layers(form, limit):
         assert relative(layer_of(form, linear)(x), F.linear(x.double(), linear.double())) < 0.01
 
 
-def test_int8_of_a_token_does_not_depend_on_its_neighbours():
-    layer, x = layer_of(Int8(), random(192, 256)), random(33, 256, seed=1).bfloat16()
-    x[7] *= 1000  # an outlier that a scale for all of them would follow
-    together = layer(x)
-    for row in range(len(x)):
-        assert torch.equal(layer(x[row : row + 1])[0], together[row])
-
-
 def test_int8_products_do_not_overflow():
-    weight = torch.full((64, 4096), 1.0)
-    x = torch.ones(1, 4096)
-    assert torch.equal(layer_of(Int8(), weight, dtype=torch.float32)(x), torch.full((1, 64), 4096.0))
-    assert torch.equal(layer_of(Int8(), -weight, dtype=torch.float32)(x), torch.full((1, 64), -4096.0))
+    weight, x = torch.full((64, 4096), 127 / 128), torch.full((1, 4096), 127.0)
+    for sign in (1, -1):
+        expected = torch.full((1, 64), sign * 4096 * 127 * 127 / 128)
+        torch.testing.assert_close(layer_of(Int8(), sign * weight, dtype=torch.float32)(x), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("form", [Int8(), Int4(32)], ids=str)
@@ -105,7 +96,7 @@ def test_rows_of_zeros_and_what_is_not_finite(form):
 def test_quantising_what_was_quantised_changes_nothing_in_8_bits_and_little_in_4(form):
     once = form.dequantise(form.quantise(random(64, 256)))
     again = form.dequantise(form.quantise(once))
-    assert torch.allclose(again, once, rtol=1e-6) if isinstance(form, Int8) else relative(again, once) < 0.02
+    assert torch.allclose(again, once, rtol=1e-6) if isinstance(form, Int8) else relative(again, once) < 0.025
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -122,7 +113,7 @@ def test_a_whole_model(tmp_path, form, tied):
         assert torch.equal(embedding.weight, model.lm_head.weight)
     reference = load(tmp_path)
     for name, module in model.named_modules():
-        if isinstance(module, (QuantisedLinear, QuantisedEmbedding)) and not name.endswith("_many"):
+        if isinstance(module, (QuantisedLinear, QuantisedEmbedding)):
             reference.get_submodule(name).weight.data = module.weight
     assert relative(model(IDS).logits, reference(IDS).logits) < 0.1
     assert str(form) in repr(model)
@@ -154,7 +145,7 @@ def test_int4_leaves_what_does_not_fit(tmp_path):
     assert isinstance(load(tmp_path, Int4(32)).model.layers[0].mlp.up_proj, Int4Linear)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "int4-batched"])
+@pytest.mark.parametrize("name", ["int8", "int4"])
 def test_decodes_by_name(folder, name):
     pipe = Pipeline(str(folder), device="cpu", quantization=name, params={"temperature": 0, "max_new_tokens": 6})
     alone = pipe("Hello", min_new_tokens=6)
@@ -181,7 +172,7 @@ def test_refusals(form, device, dtype, message):
 
 
 def test_group_size_is_checked():
-    with pytest.raises(ParameterError, match="group_size=48.*32, 64, 128, 256"):
+    with pytest.raises(ParameterError, match="group_size=48.*32, 64, 128"):
         Int4(group_size=48)
 
 

@@ -17,7 +17,7 @@ from llama_infer.parts import Source
 
 IDS = torch.tensor([[256, *b"Why must we reduce pollution?"]])
 pytestmark = pytest.mark.skipif(not _exact_products(), reason="needs VNNI")
-POLICIES = ["int8", Int8(activations=False, keep=("lm_head",)), "int4", Int4(64, batched=True, keep=("o_proj",))]
+POLICIES = ["int8", Int8(activations=False, keep=("lm_head",)), "int4", Int4(64, keep=("o_proj",))]
 
 
 def load(folder, quantization=None, **options):
@@ -101,7 +101,7 @@ def test_unknown_names(folder):
 def test_settings_that_make_no_policy(folder, settings):
     edit_json(
         folder / "config.json",
-        quantization_config={"quant_method": "llama_infer", "policy": "int8", "settings": settings},
+        quantization_config={"quant_method": "llama_infer", "version": 2, "policy": "int8", "settings": settings},
     )
     with pytest.raises(LoadingError, match="quantization_config is damaged"):
         load(folder)

@@ -16,7 +16,7 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer-path", metavar="PATH", help="folder or hub id of the tokenizer; default: the source's own")
     add("--revision", metavar="NAME", help="branch, tag or commit of a hub model")
     add("--dtype", metavar="NAME", help="bfloat16, float16 or float32; default: the source's")
-    add("--quantization", metavar="NAME", help="int8, int4 or int4-batched: quantised, for this library alone to read")
+    add("--quantization", metavar="NAME", help="int8 or int4: quantised, for this library alone to read")
     add("--context-length", type=positive, metavar="INTEGER", help="for Meta's layout, whose files do not say it")
     add("--trust-remote-code", action="store_true", help="let the source run its own Python code; only if you trust it")
 

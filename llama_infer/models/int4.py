@@ -1,4 +1,4 @@
-"""4-bit weights: the only file that names torch's private operators for them."""
+"""4-bit weights: by a kernel of ours, or torch's private operators, which only this file names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ParameterError, UnsupportedError
@@ -25,6 +24,7 @@ _MOST = (12, 14, 16)
 """Multipliers that are tried for the widest group of a span: the larger, the finer its offset and the fewer choices."""
 _STEP, _FIRST = 4, -26
 """Offsets are 16 multiples of 4, from -26: the middle of numbers from -8 to 7 times a multiplier is below 0."""
+_NAMES = ("int4", "groups", "scale")
 _BLOCK = 64
 """Rows that the layouts interleave."""
 
@@ -77,7 +77,7 @@ class Int4:
         """
         groups = in_spans(weight, SPAN).unflatten(-1, (-1, self.group_size))
         low, high = groups.amin(-1), groups.amax(-1)
-        error, numbers, meta, scale = reduce(_better, (_round(groups, low, high, most) for most in _MOST))
+        _, numbers, meta, scale = reduce(_better, (_round(groups, low, high, most) for most in _MOST))
         numbers, width = numbers.flatten(1)[:, : weight.shape[1]], weight.shape[1]
         eights = numbers.view(len(weight), -1, 2, 4)
         return {
@@ -88,12 +88,12 @@ class Int4:
 
     def dequantise(self, tensors: Tensors) -> Tensor:
         """float32 [n, in]."""
-        scale, offset = (part.unsqueeze(-1) for part in self._scales(tensors))
+        scale, offset = (part.unsqueeze(-1) for part in self.scales(tensors))
         numbers = _numbers(tensors["int4"]).float().sub_(8).unflatten(1, (-1, self.group_size))
         weight: Tensor = (numbers * scale).add_(offset).flatten(1)
         return weight
 
-    def _scales(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
+    def scales(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
         """Scale and offset of every group, float32 [n, groups]."""
         meta = tensors["groups"].float()
         scale = tensors["scale"].float().repeat_interleave(SPAN // self.group_size, 1)[:, : meta.shape[1]]
@@ -117,19 +117,15 @@ class Int4Linear(QuantisedLinear):
 
     def __init__(self, form: Int4, tensors: Tensors, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(form, (len(tensors["int4"]), 2 * tensors["int4"].shape[1]), bias, dtype)
-        self._name, self._columns = f"int4_{form.group_size}", SPAN // form.group_size
-        spans = tensors["scale"].shape[1]
-        numbers = F.pad(tensors["int4"], (0, (spans * SPAN - self.in_features) // 2)).contiguous().view(torch.int32)
-        groups = F.pad(tensors["groups"], (0, spans * self._columns - tensors["groups"].shape[1]))
-        self._packed = pack([numbers, groups, tensors["scale"]], spans)
+        self._name = f"int4_{form.group_size}"
+        columns = SPAN // form.group_size
+        self._parts = ((torch.uint8, SPAN // 2, 4), (torch.uint8, columns, 1), (torch.bfloat16, 1, 1))
+        self._packed = pack([tensors[name] for name in _NAMES], self._parts, tensors["scale"].shape[1])
 
     def tensors(self) -> Tensors:
         """The weights, out of the kernel's layout, and what scales them."""
-        like = [(torch.int32, SPAN // 8), (torch.uint8, self._columns), (torch.bfloat16, 1)]
-        numbers, groups, scale = unpack(self._packed, like, self.out_features)
-        count = self.in_features * self._columns // SPAN
-        numbers = numbers.view(torch.uint8)[:, : self.in_features // 2]
-        return {"int4": numbers.contiguous(), "groups": groups[:, :count].contiguous(), "scale": scale}
+        found = unpack(self._packed, self._parts, self.out_features, self.in_features)
+        return dict(zip(_NAMES, found, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """bfloat16 [..., in] -> [..., out]."""
@@ -146,7 +142,7 @@ class Int4TorchLinear(QuantisedLinear):
         known = torch.equal(_unpack({"int4": self._packed[:_BLOCK]})["int4"], tensors["int4"][:_BLOCK])
         self._original = None if known else tensors["int4"]  # another processor, another layout
         self._scale, self._groups = tensors["scale"].clone(), tensors["groups"].clone()
-        self._scales = torch.stack(form._scales(tensors), -1).transpose(0, 1).bfloat16().contiguous()
+        self._scales = torch.stack(form.scales(tensors), -1).transpose(0, 1).bfloat16().contiguous()
 
     def tensors(self) -> Tensors:
         """The weights, out of the operator's layout, and what scales them."""
@@ -164,7 +160,7 @@ class Int4TorchLinear(QuantisedLinear):
 
 
 def _round(groups: Tensor, low: Tensor, high: Tensor, most: int) -> tuple[Tensor, ...]:
-    """(square error, numbers, bytes, scales) of spans [n, spans, groups, group], the widest group's multiplier given."""
+    """(square error, numbers, bytes, scales) of [n, spans, groups, group], the widest group's multiplier given."""
     step = (high - low) / 15
     scale = (step.amax(-1, keepdim=True) / most).clamp_min_(1e-30).bfloat16().float()
     scaled, middle, step = groups / scale.unsqueeze(-1), (high + low) / (2 * scale), step / scale

@@ -1,4 +1,4 @@
-"""8-bit weights: the only file that names torch's private operators for them."""
+"""8-bit weights: by a kernel of ours, or torch's private operators, which only this file names."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _MIDDLE = 128
 """The byte that stands for an activation of zero: torch multiplies unsigned activations with signed weights."""
+_PARTS = ((torch.int8, SPAN, 4), (torch.bfloat16, 1, 1))
 _TINY = torch.finfo(torch.bfloat16).tiny
 _AT_A_TIME = 32
 """Rows of which torch's sums stay in the processor's cache."""
@@ -96,14 +97,12 @@ class Int8Linear(QuantisedLinear):
 
     def __init__(self, form: Int8, tensors: Tensors, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(form, tensors["int8"].shape, bias, dtype)
-        spans = tensors["scale"].shape[1]
-        numbers = F.pad(tensors["int8"], (0, spans * SPAN - self.in_features)).contiguous()
-        self._packed = pack([numbers.view(torch.int32), tensors["scale"]], spans)
+        self._packed = pack([tensors["int8"], tensors["scale"]], _PARTS, tensors["scale"].shape[1])
 
     def tensors(self) -> Tensors:
         """The weights, out of the kernel's layout, and their scales."""
-        numbers, scale = unpack(self._packed, [(torch.int32, SPAN // 4), (torch.bfloat16, 1)], self.out_features)
-        return {"int8": numbers.view(torch.int8)[:, : self.in_features].contiguous(), "scale": scale}
+        numbers, scale = unpack(self._packed, _PARTS, self.out_features, self.in_features)
+        return {"int8": numbers, "scale": scale}
 
     def forward(self, x: Tensor) -> Tensor:
         """float [..., in] -> [..., out]."""
@@ -168,7 +167,8 @@ class Int8WeightLinear(QuantisedLinear):
 
 def in_spans(rows: Tensor, span: int) -> Tensor:
     """[n, in] -> [n, spans, span], with zeros behind the end."""
-    return F.pad(rows, (0, -rows.shape[1] % span)).unflatten(1, (-1, span))
+    spans: Tensor = F.pad(rows, (0, -rows.shape[1] % span)).unflatten(1, (-1, span))
+    return spans
 
 
 def _exact_products() -> bool:

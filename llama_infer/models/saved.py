@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 METHOD = "llama_infer"
 """What config.json calls the quantization of a model that :func:`save_quantised` wrote."""
+_VERSION = 2
+"""Of what the policies write; the first had one scale for every output in 8 bits, and two numbers a group in 4."""
 
 
 def save_quantised(model: PreTrainedModel, folder: Path) -> None:
@@ -39,7 +41,8 @@ def save_quantised(model: PreTrainedModel, folder: Path) -> None:
     tied = any(layer.tied for layer in layers.values())
     save_file(_tensors(model, layers), str(folder / WEIGHTS), metadata={"format": "pt"})
     config: Any = model.config
-    described = {"quant_method": METHOD, "policy": form.name, "tied": tied, "settings": dict(form.settings())}
+    described: dict[str, Any] = {"quant_method": METHOD, "version": _VERSION, "policy": form.name, "tied": tied}
+    described["settings"] = dict(form.settings())
     before = getattr(config, "quantization_config", None)
     config.quantization_config = described
     try:
@@ -58,6 +61,11 @@ def load_saved(checkpoint: Checkpoint, dtype: Any, attention: str | None, device
     if device.type != "cpu":
         raise UnsupportedError(f"{checkpoint.folder} was quantised for the CPU, not for {device}")
     described = checkpoint.config["quantization_config"]
+    if described.get("version") != _VERSION:
+        raise LoadingError(
+            f"{checkpoint.folder} was quantised by another version of this library, in a format that this one does not "
+            "read: llama-infer convert the original again"
+        )
     try:
         form = type(resolve("quantization", str(described["policy"])))(**described["settings"])
     except (KeyError, TypeError) as error:

@@ -23,10 +23,10 @@ def weight_bytes(model: PreTrainedModel) -> int:
     apart = isinstance(model.get_output_embeddings(), ours)
     seen: dict[int, int] = {}
     for module in model.modules():
-        held = (
-            [value for value in vars(module).values() if isinstance(value, Tensor)] if isinstance(module, ours) else []
-        )
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False), *held):
+        held = list(vars(module).values()) if isinstance(module, ours) else []
+        held += [part for value in held if isinstance(value, list) for part in value]
+        tensors = [value for value in held if isinstance(value, Tensor)]
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False), *tensors):
             if not (apart and module is embedding and is_mapped(tensor)):
                 seen[id(tensor) if tensor.is_mkldnn else tensor.data_ptr()] = _bytes(tensor)
     return sum(seen.values())

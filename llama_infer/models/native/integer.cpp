@@ -38,7 +38,8 @@ inline __m512 load(const uint16_t* from, __mmask16 these) { return widen(_mm256_
 inline void store(float* to, __mmask16 these, __m512 x) { _mm512_mask_storeu_ps(to, these, x); }
 
 inline void store(uint16_t* to, __mmask16 these, __m512 x) {  // to the nearest, ties to even
-    const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i high = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
     high = _mm512_mask_mov_epi32(high, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
     _mm256_mask_storeu_epi16(to, these, _mm512_cvtepi32_epi16(high));
@@ -85,7 +86,7 @@ struct Tokens {
             for (int i = 0; i < 8; i++) {
                 const int64_t left = std::min<int64_t>(16, std::max<int64_t>(0, width - span * SPAN - 16 * i));
                 found[i] = load(x + span * SPAN + 16 * i, __mmask16((1 << left) - 1));
-                most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(found[i]), _mm512_set1_epi32(0x7fffffff)));
+                most = _mm512_max_epu32(most, _mm512_castps_si512(_mm512_abs_ps(found[i])));
             }
             const uint32_t bits = _mm512_reduce_max_epu32(most);
             float largest;
@@ -119,7 +120,8 @@ struct Int8 {
 
     // Sums over a span for ROWS tokens and the 16 outputs of a quad; the processor takes one side without a sign.
     template <int ROWS>
-    static inline void sums(const uint8_t* record, int quad, const int8_t* const* x, const int32_t* const* sum, __m512i* to) {
+    static inline void sums(const uint8_t* record, int quad, const int8_t* const* x, const int32_t* const* sum,
+                            __m512i* to) {
         constexpr int CHAINS = ROWS > 4 ? 1 : ROWS > 1 ? 2 : 4;
         __m512i found[CHAINS][ROWS];
         for (int r = 0; r < ROWS; r++) {
@@ -133,8 +135,10 @@ struct Int8 {
                 const uint8_t* line = lines + (half * LINES / 2 + i) * 64;
                 _mm_prefetch(line + AHEAD, _MM_HINT_T1);
                 const __m512i w = _mm512_xor_si512(_mm512_load_si512(line), _mm512_set1_epi8(-128));
-                for (int r = 0; r < ROWS; r++)
-                    found[i % CHAINS][r] = _mm512_dpbusd_epi32(found[i % CHAINS][r], w, bytes4(x[r] + half * 1024 + 4 * i));
+                for (int r = 0; r < ROWS; r++) {
+                    __m512i& chain = found[i % CHAINS][r];
+                    chain = _mm512_dpbusd_epi32(chain, w, bytes4(x[r] + half * 1024 + 4 * i));
+                }
             }
         for (int r = 0; r < ROWS; r++) {
             to[r] = found[0][r];
@@ -160,12 +164,14 @@ struct Int4 {
         const __m128i* meta = (const __m128i*)(record + 4 * QUAD + (quad * (SPAN / GROUP) + index) * 16);
         const __m512i byte = _mm512_cvtepu8_epi32(_mm_load_si128(meta));
         const __m512i high = _mm512_slli_epi32(_mm512_srli_epi32(byte, 4), 2);
-        const __m512i low = _mm512_permutexvar_epi32(byte, _mm512_add_epi32(_mm512_slli_epi32(m, 3), _mm512_set1_epi32(26)));
-        return {_mm512_permutexvar_epi32(byte, _mm512_or_si512(m, _mm512_slli_epi32(m, 16))), _mm512_sub_epi32(high, low)};
+        const __m512i twice = _mm512_or_si512(m, _mm512_slli_epi32(m, 16));
+        const __m512i less = _mm512_add_epi32(_mm512_slli_epi32(m, 3), _mm512_set1_epi32(26));  // 8 m + 26
+        return {_mm512_permutexvar_epi32(byte, twice), _mm512_sub_epi32(high, _mm512_permutexvar_epi32(byte, less))};
     }
 
     template <int ROWS>
-    static inline void sums(const uint8_t* record, int quad, const int8_t* const* x, const int32_t* const* sum, __m512i* to) {
+    static inline void sums(const uint8_t* record, int quad, const int8_t* const* x, const int32_t* const* sum,
+                            __m512i* to) {
         constexpr int CHAINS = ROWS > 4 ? 1 : 2, EACH = GROUP / 8;
         const __m512i low = _mm512_set1_epi8(15);
         __m512i found[2][ROWS];
@@ -178,7 +184,7 @@ struct Int4 {
             for (int r = 0; r < ROWS; r++) {
                 int32_t all = 0;
                 for (int i = 0; i < GROUP / 32; i++) all += sum[r][g * (GROUP / 32) + i];
-                // 16 bits each, though a sum of 128 inputs takes 15: the upper halves of the numbers are multiplied by 0
+                // In 16 bits, which a sum of 128 numbers fits; the upper halves are multiplied by 0.
                 found[0][r] = _mm512_dpwssd_epi32(found[0][r], its.o, _mm512_set1_epi32(all & 0xffff));
             }
 #pragma GCC unroll 16
@@ -266,7 +272,8 @@ struct alignas(64) Sums {
 };
 
 // Adds a span's share of 32 outputs to the totals of up to 16 rows.
-inline void add(const Sums& sums, int tile, const __m512* scale, const float* step, int64_t spans, int rows, float* total) {
+inline void add(const Sums& sums, int tile, const __m512* scale, const float* step, int64_t spans, int rows,
+                float* total) {
     const int32_t(*sum)[16] = sums.of[2 * tile];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++, total += BLOCK, step += spans) {
@@ -305,7 +312,8 @@ void tiles(const Tokens& tokens, int64_t row, const uint8_t* block, int8_t* pane
         for (int half = 0; half < 2; half++) {
             if (more) {
                 const int8_t* x = tokens.tiles(row) + span * 2048 + half * 1024;
-                const int8_t* w = (panel ? panel + span * BLOCK * SPAN : (const int8_t*)record) + pair * 2048 + half * 1024;
+                const int8_t* w = panel ? panel + span * BLOCK * SPAN : (const int8_t*)record;
+                w += pair * 2048 + half * 1024;
                 __asm__ volatile("" ::: "memory");  // the intrinsics do not say that they read memory
                 _tile_loadd(4, x, 64);
                 _tile_loadd(6, w, 64);

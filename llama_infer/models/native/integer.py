@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..mapped import large_pages
 from .build import library
 
 SPAN = 128
 """Inputs that share a scale, of an output's weights and of a token's activations."""
-BLOCK, _QUAD = 64, 16
+_BLOCK, _QUAD = 64, 16
 _AT_A_TIME = 8
 """Blocks that are packed at a time: they stay in the processor's cache."""
 
+_UNITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
@@ -46,34 +49,37 @@ def linear(name: str, x: Tensor, packed: Tensor, bias: Tensor | None, shape: tup
     return y
 
 
-def pack(parts: Sequence[Tensor], spans: int) -> Tensor:
-    """Tensors with a row for each output and as many columns as spans, or a multiple -> uint8 [blocks, spans, bytes]."""
-    rows = len(parts[0])
-    sizes = [_bytes(part, spans) for part in parts]
-    packed = torch.empty(-(-rows // BLOCK), spans, sum(sizes), dtype=torch.uint8)
+Part: TypeAlias = tuple[torch.dtype, int, int]
+"""Of tensors with a row for each output: their dtype, columns a span, and how many neighbours stay together."""
+
+
+def pack(tensors: Sequence[Tensor], parts: Sequence[Part], spans: int) -> Tensor:
+    """[out, columns] each -> uint8 [blocks, spans, bytes]. What is missing of a last span or block is 0."""
+    rows, sizes = len(tensors[0]), [_BLOCK * columns * dtype.itemsize for dtype, columns, _ in parts]
+    packed = torch.empty(-(-rows // _BLOCK), spans, sum(sizes), dtype=torch.uint8)
+    large_pages(packed)
     for start in range(0, len(packed), _AT_A_TIME):
         records = packed[start : start + _AT_A_TIME]
-        for part, into in zip(parts, records.split(sizes, -1), strict=True):
-            some = part[start * BLOCK : (start + _AT_A_TIME) * BLOCK]
-            some = F.pad(some, (0, 0, 0, len(records) * BLOCK - len(some)))
-            lanes = some.view(len(records), -1, _QUAD, spans, some.shape[1] // spans).permute(0, 3, 1, 4, 2)
+        for tensor, (dtype, columns, together), into in zip(tensors, parts, records.split(sizes, -1), strict=True):
+            some = tensor[start * _BLOCK : (start + _AT_A_TIME) * _BLOCK]
+            missing = (0, spans * columns - some.shape[1], 0, len(records) * _BLOCK - len(some))
+            lanes = F.pad(some, missing).view(_UNITS[dtype.itemsize * together])
+            lanes = lanes.view(len(records), -1, _QUAD, spans, columns // together).permute(0, 3, 1, 4, 2)
             into.copy_(lanes.contiguous().view(torch.uint8).view_as(into))
     return packed
 
 
-def unpack(packed: Tensor, like: Sequence[tuple[torch.dtype, int]], rows: int) -> list[Tensor]:
-    """What was packed: tensors of those dtypes and so many columns a span."""
-    spans = packed.shape[1]
-    sizes = [BLOCK * columns * dtype.itemsize for dtype, columns in like]
-    parts = []
-    for (dtype, columns), record in zip(like, packed.split(sizes, -1), strict=True):
-        part = torch.empty(len(packed) * BLOCK, spans * columns, dtype=dtype)
-        for some, into in zip(record.split(_AT_A_TIME), part.split(_AT_A_TIME * BLOCK), strict=True):
-            lanes = some.contiguous().view(dtype).view(len(some), spans, -1, columns, _QUAD)
-            into.copy_(lanes.permute(0, 2, 4, 1, 3).reshape_as(into))
-        parts.append(part[:rows])
-    return parts
-
-
-def _bytes(part: Tensor, spans: int) -> int:
-    return BLOCK * part.shape[1] // spans * part.element_size()
+def unpack(packed: Tensor, parts: Sequence[Part], rows: int, width: int) -> list[Tensor]:
+    """What was packed, for so many inputs."""
+    blocks, spans, _ = packed.shape
+    found = []
+    sizes = [_BLOCK * columns * dtype.itemsize for dtype, columns, _ in parts]
+    for (dtype, columns, together), record in zip(parts, packed.split(sizes, -1), strict=True):
+        tensor = torch.empty(rows, -(-width * columns // SPAN), dtype=dtype)
+        for start in range(0, blocks, _AT_A_TIME):
+            some, into = record[start : start + _AT_A_TIME], tensor[start * _BLOCK : (start + _AT_A_TIME) * _BLOCK]
+            lanes = some.contiguous().view(_UNITS[dtype.itemsize * together])
+            lanes = lanes.view(len(some), spans, -1, columns // together, _QUAD).permute(0, 2, 4, 1, 3)
+            into.copy_(lanes.flatten(3).flatten(0, 2).view(dtype)[: len(into), : into.shape[1]])
+        found.append(tensor)
+    return found
