@@ -108,6 +108,13 @@ def test_a_model_without_past_key_values_is_refused(cache, tmp_path):
         load(tmp_path, cache=cache)
 
 
+@pytest.mark.parametrize("cache", ["slots", "plain"])
+def test_a_model_that_remembers_in_its_modules_is_refused(cache, tmp_path):
+    write("RecurrentGemma", {"lru_width": 32, "attention_window_size": 16, "num_hidden_layers": 3}, tmp_path)
+    with pytest.raises(UnsupportedError, match="RecurrentGemmaForCausalLM keeps .*_state.* in its modules"):
+        load(tmp_path, cache=cache)
+
+
 def test_what_is_refused_would_go_wrong(tmp_path, monkeypatch):
     """GPT-J ignores the row map without a word: other tokens than its own, were it packed."""
     oracle = write("GPTJ", {"rotary_dim": 4, "n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 4}, tmp_path)

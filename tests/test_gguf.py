@@ -16,6 +16,7 @@ from checkpoints import edit_json
 from llama_infer import Pipeline
 from llama_infer.cli import main
 from llama_infer.errors import LoadingError, MissingDependencyError, UnsupportedError
+from llama_infer.models import memory
 from llama_infer.testing import byte_tokenizer, tiny_llama
 
 IDS = torch.tensor([[256, 72, 101, 108, 108, 111, 3, 9]])
@@ -151,3 +152,11 @@ def test_what_does_not_go_with_it(file, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "gguf" else find(name, *more))
     with pytest.raises(MissingDependencyError, match=r"pip install 'llama-infer\[gguf\]'"):
         load(file, dtype="float64")
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_memory_is_compared_with_what_is_unpacked(tmp_path, monkeypatch, quantization):
+    path = write_gguf(tmp_path / "m.gguf", tiny_llama(), EIGHT_BITS)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2 * path.stat().st_size)
+    with pytest.raises(LoadingError, match="does not fit: its weights are .* in float32"):
+        Pipeline(path, dtype="float32", device="cpu", quantization=quantization)

@@ -21,11 +21,14 @@ class LocalBackend:
 
     def unsupported(self, assembly: Assembly) -> Sequence[str]:
         """Why this pipeline cannot be run here, reason by reason: no cache, or an attention that cannot be packed."""
-        from ..models.attention import refusal, takes_cache
+        from ..models.attention import own_state, refusal, takes_cache
 
         model = assembly.loaded.model
         if not takes_cache(model):
             return [f"the forward of {type(model).__name__} takes no past_key_values, where the engine keeps its state"]
+        state = own_state(model)
+        if state is not None:
+            return [f"{type(model).__name__} keeps {state} in its modules, where rows would share it, not in the cache"]
         reason = refusal(model) if getattr(assembly.cache(), "packed", False) else None
         return [f"{reason}: use cache='plain'"] if reason else []
 

@@ -49,6 +49,12 @@ def takes_cache(model: PreTrainedModel) -> bool:
     return "past_key_values" in inspect.signature(inner.forward).parameters
 
 
+def own_state(model: PreTrainedModel) -> str | None:
+    """What a module of the model remembers from one forward to the next, beside the cache, by name; None: nothing."""
+    names = (name for module in model.modules() for name in vars(module) if name.endswith(("_state", "_states")))
+    return next(names, None)
+
+
 def refusal(model: PreTrainedModel) -> str | None:
     """Why rows of this model cannot be packed into one forward; None when they can."""
     config: Any = model.config.get_text_config()

@@ -6,6 +6,7 @@ transformers would find most of this too, but late, in its own words, and someti
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ class Checkpoint:
         weights: the safetensors files that will be read.
         dtype: of its weights ("bfloat16", "float16", "float32", "float64"), or None when it is another.
         embedding_rows: how many token ids the model has an embedding for, or None when that is not known.
+        numbers: how many weights there are; None when they are packed several to a number.
     """
 
     folder: Path
@@ -45,6 +47,7 @@ class Checkpoint:
     weights: tuple[Path, ...]
     dtype: str | None
     embedding_rows: int | None
+    numbers: int | None = None
 
     @property
     def quantization(self) -> str | None:
@@ -73,7 +76,8 @@ def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> Checkpoin
         dtypes += [dtype for dtype, _ in held.values()]
     rows = _embedding_rows(folder, config, shapes)
     common = max(set(dtypes), key=dtypes.count) if dtypes else ""
-    return Checkpoint(folder, config, tuple(weights), _DTYPES.get(common), rows)
+    numbers = None if config.get("quantization_config") else sum(map(math.prod, shapes.values()))
+    return Checkpoint(folder, config, tuple(weights), _DTYPES.get(common), rows, numbers)
 
 
 def check_config(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:

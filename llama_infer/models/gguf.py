@@ -42,7 +42,8 @@ def check_gguf(path: Path) -> Checkpoint:
     common = max(set(kinds), key=kinds.count)
     rows = [int(tensor.shape[-1]) for tensor in reader.tensors if tensor.name == "token_embd.weight"]
     metadata = {name: field.contents() for name, field in reader.fields.items() if _is_small(field)}
-    return Checkpoint(path, metadata, (path,), _DTYPES.get(common), rows[0] if rows else None)
+    numbers = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    return Checkpoint(path, metadata, (path,), _DTYPES.get(common), rows[0] if rows else None, numbers)
 
 
 def load_gguf_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:

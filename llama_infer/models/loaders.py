@@ -84,7 +84,8 @@ class AutoLoader:
         generation = read_generation(checkpoint.folder)
         tokenizer = _tokenizer_of(source, checkpoint, adapter)
         if source.device_map is None and source.tp_plan is None:
-            check_fits(checkpoint, dtype, device, whole=source.quantization in (None, "none", "packed"))
+            whole = source.quantization in (None, "none", "packed") or is_gguf(checkpoint.folder)  # unpacked before
+            check_fits(checkpoint, dtype, device, whole)
         model = load_model(source, checkpoint, dtype, attention, device, adapter)
         return LoadedModel(
             model=model,

@@ -73,7 +73,8 @@ def check_fits(checkpoint: Checkpoint, dtype: torch.dtype | str, device: torch.d
         return
     stored = {"float64": 8, "float32": 4}.get(checkpoint.dtype or "", 2)
     size = stored if isinstance(dtype, str) or checkpoint.quantization else dtype.itemsize
-    weights = sum(path.stat().st_size for path in checkpoint.weights) * size / stored
+    files = sum(path.stat().st_size for path in checkpoint.weights)
+    weights = files if checkpoint.numbers is None else checkpoint.numbers * size
     text = checkpoint.config.get("text_config")
     row = ROW_TOKENS * token_bytes({**checkpoint.config, **(text if isinstance(text, Mapping) else {})}, size)
     if weights * (1 if whole else 0.25) + row > free:

@@ -31,6 +31,10 @@ _READERS = {
 """Packages that transformers reads quantised checkpoints with."""
 
 
+UNPACKED = "compressed-tensors"
+"""The method whose layers transformers would unpack in the first forward: that is done while loading."""
+
+
 class Unchanged:
     """``"none"``: the layers as transformers loads them, without the packing that is the default on x86 processors."""
 

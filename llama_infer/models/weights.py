@@ -16,7 +16,7 @@ from .adapters import Adapter, apply_adapter
 from .checks import Checkpoint
 from .gguf import gguf_options, is_gguf, quiet_bar
 from .parallel import split
-from .quantization import need_reader, only_errors, plain_layouts, prepare_bitsandbytes
+from .quantization import UNPACKED, need_reader, only_errors, plain_layouts, prepare_bitsandbytes
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +89,7 @@ def _policy(source: Source, checkpoint: Checkpoint, dtype: torch.dtype | str, de
     if source.quantization is None:
         from .packed import Packed, refusal
 
-        whole = source.device_map is None and source.tp_plan is None and not checkpoint.quantization
+        whole = source.device_map is None and source.tp_plan is None and checkpoint.quantization in (None, UNPACKED)
         return Packed() if whole and refusal(device, dtype) is None else None
     policy = resolve("quantization", source.quantization)
     if hasattr(policy, "check"):
@@ -108,6 +108,9 @@ def _from_pretrained(folder: Path, options: dict[str, Any], trust: bool) -> PreT
             load: Any = AutoModelForCausalLM.from_pretrained
             # The config apart, because a kernel that config.json names would else win over the one asked for.
             config = AutoConfig.from_pretrained(place, trust_remote_code=trust, local_files_only=True, **known)
+            quantised = getattr(config, "quantization_config", None)
+            if isinstance(quantised, dict) and quantised.get("quant_method") == UNPACKED:
+                quantised["dequantize"] = True
             model, report = load(
                 place,
                 config=config,
