@@ -81,6 +81,18 @@ def test_the_host_is_one_step_behind_and_asks_for_no_step_too_many(ahead):
     assert len(forwards) == 4
 
 
+def test_samples_that_have_been_forked_are_asked_about_no_more(ahead):
+    """Their prompt's ``n`` would have the strategy look at the device in every step."""
+    engine = open_engine(ahead())
+    for at in (3, 1):
+        engine.add(Request([1, 2], {"max_new_tokens": 6, "n": at}))
+    counts = []
+    while engine.busy:
+        engine.step()
+        counts.append(engine._batch.all_equal("n", 1) if engine._rows else None)
+    assert counts[0] is True and set(counts[:-1]) == {True}
+
+
 def test_a_failure_is_found_a_step_later_and_ends_its_row_only(ahead):
     """The row's last token is a code, and was fed before anybody looked."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -209,7 +209,7 @@ class LocalEngine:
         choice are through, nothing but the cache has changed."""
         ahead = self._may_run_ahead()
         events = [] if ahead else self._read(0)
-        while self._rows and not all(map(self._ends_unread, self._rows)):
+        while self._rows and not all(row.ends_unread(self._a.loaded.context_length) for row in self._rows):
             try:
                 self._launch(ahead)
             except Exception as error:
@@ -226,12 +226,6 @@ class LocalEngine:
         """Whether the next step can be launched before the last one is read, because it cannot move rows."""
         forks = getattr(self._a.strategy, "forks", None)
         return self._a.runs_ahead and forks is not None and not any(map(forks, self._rows))
-
-    def _ends_unread(self, sequence: LiveSequence) -> bool:
-        """Whether a token that the host has not read is the last one that there is room for."""
-        limit = sequence.params.get("max_new_tokens")
-        full = limit is not None and len(sequence.token_ids) + sequence.ahead >= int(limit)
-        return sequence.ahead > 0 and (full or sequence.known >= self._a.loaded.context_length)
 
     def _launch(self, ahead: bool) -> None:
         """Has each row say its next token; nothing when no row is fed to its end."""
@@ -333,7 +327,15 @@ class LocalEngine:
                 done.append(row)
         if failed:
             self._cache.erase(failed)
-        return events + self._leave(done)
+        events += self._leave(done)
+        if step.parents is not None and self._batch is not None:
+            self._batch = replace(self._batch, values=self._values())
+        return events
+
+    def _values(self) -> dict[str, frozenset[Hashable]]:
+        """What the host knows of the rows' parameters. Whoever has a token has been forked: ``n`` is done with."""
+        rows = [{**row.params, "n": 1} if row.token_ids else row.params for row in self._rows]
+        return known_values(self._a.declared, rows)
 
     def _fork(self, parents: Sequence[int]) -> None:
         """The sequences and the cache follow their rows."""
@@ -366,7 +368,7 @@ class LocalEngine:
             self._batch = replace(
                 table,
                 width=max(row.known for row in self._rows),
-                values=known_values(self._a.declared, [row.params for row in self._rows]),
+                values=self._values(),
             )
         return events
 

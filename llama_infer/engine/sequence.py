@@ -81,6 +81,12 @@ class LiveSequence:
         """How many tokens there are, prompt and answer, those included that the host has not read yet."""
         return len(self.task.prompt_token_ids) + len(self.token_ids) + self.ahead
 
+    def ends_unread(self, context_length: int) -> bool:
+        """Whether a token that the host has not read is the last one that there is room for."""
+        limit = self.params.get("max_new_tokens")
+        full = limit is not None and len(self.token_ids) + self.ahead >= int(limit)
+        return self.ahead > 0 and (full or self.known >= context_length)
+
     def tokens(self) -> tuple[int, ...]:
         """Prompt and answer."""
         return (*self.task.prompt_token_ids, *self.token_ids)
