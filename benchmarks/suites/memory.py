@@ -1,4 +1,8 @@
-"""Fresh processes: seconds to import and load a checkpoint, and the most memory that decoding ever took."""
+"""Fresh processes: seconds to import and load a checkpoint, and the most memory that decoding ever took.
+
+Whoever maps a checkpoint's file has read nothing of it when loading ends; the seconds up to a first token count that
+too.
+"""
 
 from __future__ import annotations
 
@@ -28,31 +32,46 @@ def run(session: Session) -> None:
         for name in names:
             with session.contender(name, rows=rows, context=prompt + new + 64) as contender:
                 if contender is not None:
+                    first = equal(1, prompt, 1, session.vocab_size, f"first {repeat}")
                     jobs = equal(rows, prompt, new, session.vocab_size, f"memory {repeat}")
-                    found[name].append(_look(contender, jobs, needed))
+                    found[name].append(_look(contender, first, jobs, needed))
     found = {name: each for name, each in found.items() if each}
     lines = []
     for name, each in found.items():
         middle = {key: statistics.median(turn[key] for turn in each) for key in each[0]}
-        against = ""
+        against = ["", ""]
         if name != session.ours:
-            mine = [turn["seconds"] for turn in found[session.ours]]
-            against = times(session.ratio(f"import and load against {name}", mine, [turn["seconds"] for turn in each]))
+            against = []
+            for what, key in (("import and load", "seconds"), ("import to first token", "first_token")):
+                mine, theirs = ([turn[key] for turn in turns] for turns in (found[session.ours], each))
+                against.append(times(session.ratio(f"{what} against {name}", mine, theirs)))
         session.report.setdefault("contenders", {})[name] = {key: round(value, 3) for key, value in middle.items()}
         share, less = f"{middle['peak_over_needed']:.2f}", f"{middle['peak_less_imports_over_needed']:.2f}"
-        lines.append([name, f"{middle['seconds']:.2f}", f"{middle['peak'] / 1e9:.2f}", share, less, against])
+        seconds = [f"{middle[key]:.2f}" for key in ("seconds", "first_token")]
+        lines.append([name, *seconds, f"{middle['peak'] / 1e9:.2f}", share, less, *against])
     show(
         f"{options.model} {options.dtype}, {rows} rows; weights and KV {needed / 1e9:.2f} GB",
-        ["", "import + load s", "peak GB", "over weights + KV", "less imports", "ours faster to load"],
+        [
+            "",
+            "load s",
+            "first token s",
+            "peak GB",
+            "over weights + KV",
+            "less imports",
+            "ours to load",
+            "ours to token",
+        ],
         lines,
     )
 
 
-def _look(contender: Contender, jobs: Any, needed: int) -> dict[str, float]:
+def _look(contender: Contender, first: Any, jobs: Any, needed: int) -> dict[str, float]:
+    token = contender.start_seconds + contender.generate(first).seconds
     contender.generate(jobs, together=True)
     peak, imports = contender.call("memory")["peak"], contender.loaded.get("imports", 0)
     return {
         "seconds": contender.start_seconds,
+        "first_token": token,
         "peak": peak,
         "imports": imports,
         "peak_over_needed": peak / needed,

@@ -28,7 +28,7 @@ class Scheduler:
         idle_chunk: prompt tokens fed in a step when no row decodes; bounds the memory of activations.
     """
 
-    def __init__(self, batch_size: int, tokens: float = math.inf, chunk: int = 512, idle_chunk: int = 4096) -> None:
+    def __init__(self, batch_size: int, tokens: float = math.inf, chunk: int = 512, idle_chunk: int = 1024) -> None:
         self.batch_size, self.tokens, self.chunk, self.idle_chunk = batch_size, tokens, chunk, idle_chunk
         self._waiting: dict[str, Task] = {}
         self._order: list[tuple[int, int, int, Task]] = []  # a heap; may hold tasks that wait no more
