@@ -35,22 +35,6 @@ extern "C" void rms_norm(const Half* x, const Half* weight, Half* y, int64_t row
     }
 }
 
-// y = gate / (1 + e^-gate) * up.
-extern "C" void silu_times(const Half* gate, const Half* up, Half* y, int64_t count) {
-    const int64_t whole = count / LANES * LANES;
-    const auto some = [=](int64_t at, size_t bytes) {
-        Halves a = {}, b = {};
-        std::memcpy(&a, gate + at, bytes);
-        std::memcpy(&b, up + at, bytes);
-        const Lanes x = widen(a);
-        a = narrow(widen(narrow(x / (1.f + exponential(-x)))) * widen(b));
-        std::memcpy(y + at, &a, bytes);
-    };
-#pragma omp parallel for schedule(static) if (count >= WORTH)
-    for (int64_t i = 0; i < whole; i += LANES) some(i, sizeof(Halves));
-    if (whole < count) some(whole, (count - whole) * sizeof(Half));
-}
-
 // Queries and keys [tokens, heads, dim] turned by their positions: x * cos + (-second half, first half) * sin.
 extern "C" void rotate(const Half* q, const Half* k, const Half* cos, const Half* sin, Half* q_out, Half* k_out,
                        int64_t tokens, int64_t q_heads, int64_t k_heads, int64_t dim) {

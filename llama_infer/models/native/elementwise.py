@@ -27,15 +27,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     return y
 
 
-def silu_times(gate: Tensor, up: Tensor) -> Tensor | None:
-    """silu(gate) * up, both [...] (Shazeer 2020)."""
-    if not _taken(gate, up) or gate.shape != up.shape:
-        return None
-    y = torch.empty_like(gate)
-    _kernels().silu_times(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
-    return y
-
-
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor] | None:
     """Rotary position embedding of q and k [1, heads, N, d], views of [1, N, heads, d], by cos and sin [1, N, d]."""
     by_token = q.transpose(1, 2), k.transpose(1, 2)
@@ -66,6 +57,5 @@ def _kernels() -> Any:
     kernels = library("elementwise")
     if kernels is not None:
         kernels.rms_norm.argtypes = (*[_ADDRESS] * 3, *[_COUNT] * 2, ctypes.c_float)
-        kernels.silu_times.argtypes = (*[_ADDRESS] * 3, _COUNT)
         kernels.rotate.argtypes = (*[_ADDRESS] * 6, *[_COUNT] * 4)
     return kernels
