@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 GROUPS = (32, 64, 128)
 _SHRINK = (1.0, 0.93, 0.86)
 """Fractions of a group's range that are tried: the ends of a range are rare, and its middle gains what they lose."""
+_USUAL = 0.93
+"""The one for which scales are compared."""
 _MOST = (12, 14, 16)
 """Multipliers that are tried for the widest group of a span: the larger, the finer its offset and the fewer choices."""
 _STEP, _FIRST = 4, -26
@@ -75,14 +77,18 @@ class Int4:
         from -128 to 127. Of eight neighbours the first four are the low halves of four bytes. A group's byte holds its
         multiplier - 1 in the low half, and in the high one the offset. Of several the least square error is taken.
         """
+        width = weight.shape[1]
         groups = in_spans(weight, SPAN).unflatten(-1, (-1, self.group_size))
-        low, high = groups.amin(-1), groups.amax(-1)
-        _, numbers, meta, scale = reduce(_better, (_round(groups, low, high, most) for most in _MOST))
-        numbers, width = numbers.flatten(1)[:, : weight.shape[1]], weight.shape[1]
-        eights = numbers.view(len(weight), -1, 2, 4)
+        groups = groups.permute(3, 0, 1, 2).contiguous()  # what a group shares lies side by side: long loops
+        low, high = groups.amin(0), groups.amax(0)
+        _, scale = reduce(_better, (_span(groups, low, high, most) for most in _MOST))
+        scaled, middle, step = groups / scale, (low + high) / (2 * scale), (high - low) / (15 * scale)
+        _, m, high = reduce(_better, (_group(scaled, middle, step * part) for part in _SHRINK))
+        numbers = _round(scaled, m, high)[0].add_(8).to(torch.uint8).permute(1, 2, 3, 0)
+        eights = numbers.flatten(1)[:, :width].view(len(weight), -1, 2, 4)
         return {
             "int4": (eights[:, :, 1] << 4 | eights[:, :, 0]).flatten(1),
-            "groups": meta.flatten(1)[:, : width // self.group_size].contiguous(),
+            "groups": (high * 16 + m - 1).to(torch.uint8).flatten(1)[:, : width // self.group_size].contiguous(),
             "scale": scale.flatten(1).bfloat16(),
         }
 
@@ -159,31 +165,35 @@ class Int4TorchLinear(QuantisedLinear):
         return y if self.bias is None else y + self.bias
 
 
-def _round(groups: Tensor, low: Tensor, high: Tensor, most: int) -> tuple[Tensor, ...]:
-    """(square error, numbers, bytes, scales) of [n, spans, groups, group], the widest group's multiplier given."""
+def _span(groups: Tensor, low: Tensor, high: Tensor, most: int) -> tuple[Tensor, ...]:
+    """(square error, scale) of spans, both [n, spans, 1], from groups [group, n, spans, groups], if the widest one's
+    multiplier is ``most``."""
     step = (high - low) / 15
     scale = (step.amax(-1, keepdim=True) / most).clamp_min_(1e-30).bfloat16().float()
-    scaled, middle, step = groups / scale.unsqueeze(-1), (high + low) / (2 * scale), step / scale
-    error, numbers, meta = reduce(_better, (_group(scaled, middle, step * part) for part in _SHRINK))
-    return (error * scale * scale).sum(-1, keepdim=True), numbers, meta, scale
+    error, *_ = _group(groups / scale, (low + high) / (2 * scale), step * (_USUAL / scale))
+    return error.sum(-1, keepdim=True) * scale * scale, scale
 
 
 def _group(scaled: Tensor, middle: Tensor, step: Tensor) -> tuple[Tensor, ...]:
-    """(square error, numbers, bytes) of groups [n, spans, groups, group] for steps of that size, in 8-bit numbers."""
+    """(square error, multiplier, high half of the byte) of groups [group, n, spans, groups] for steps of that size."""
     m = step.round().clamp_(1, 16)
     high = ((middle + m / 2 - _FIRST) / _STEP).round_().clamp_(0, 15)
+    numbers, exact = _round(scaled, m, high)
+    return numbers.sub_(exact).square_().sum(0) * m * m, m, high
+
+
+def _round(scaled: Tensor, m: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers from -8 to 7 whose 8-bit numbers are in range, and what they were before rounding."""
     o = high * _STEP + _FIRST
     least, most = ((-128 - o) / m).ceil_().clamp_min_(-8), ((127 - o) / m).floor_().clamp_max_(7)
-    m, o, least, most = (t.unsqueeze(-1) for t in (m, o, least, most))
-    numbers = ((scaled - o) / m).round_().clamp_(least, most)
-    error = (numbers * m).add_(o).sub_(scaled).square_().sum(-1)
-    return error, numbers.add_(8).to(torch.uint8), (high * 16 + m.squeeze(-1) - 1).to(torch.uint8)
+    exact = torch.addcmul(-o / m, scaled, 1 / m)
+    return exact.round().clamp_(least, most), exact
 
 
 def _better(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Where the second has the smaller error, the second; errors have fewer dimensions than what they belong to."""
+    """One by one, what has the smaller error."""
     less = new[0] < old[0]
-    return tuple(torch.where(less[(..., *[None] * (b.ndim - less.ndim))], b, a) for a, b in zip(old, new, strict=True))
+    return tuple(torch.where(less, b, a) for a, b in zip(old, new, strict=True))
 
 
 def _numbers(nibbles: Tensor) -> Tensor:

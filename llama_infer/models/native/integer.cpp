@@ -8,10 +8,9 @@
 // 4 bits: a group of 32, 64 or 128 inputs of an output has a byte that says which 8-bit numbers its 16 are:
 // (number - 8) * m + o, m = low half + 1, o = 4 * high half - 26.
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
 #include <immintrin.h>
-#include <omp.h>
 #ifdef __AMX_INT8__
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -371,10 +370,10 @@ void linear(const T* x, const uint8_t* weight, const T* bias, T* y, int64_t rows
         for (int64_t row = 0; row < count; row++) tokens.quantise(x + (begin + row) * width, row, width);
 #pragma omp parallel
         {
-            static thread_local Scratch own;
             alignas(64) float total[32][BLOCK];
-            int8_t* panel = nullptr;
 #ifdef __AMX_INT8__
+            static thread_local Scratch own;
+            int8_t* panel = nullptr;
             const TileConfig config;
             if (amx) {
                 if (F::QUAD < 16 * SPAN) panel = (int8_t*)own.at_least(spans * BLOCK * SPAN);
