@@ -26,11 +26,11 @@ _ROTATE = "apply_rotary_pos_emb"
 @torch.no_grad()
 def fuse(model: PreTrainedModel) -> PreTrainedModel:
     """The model, in bfloat16 on the CPU, with our kernels between its products; as it was where there are none."""
-    known: dict[type, Callable[..., Any] | None] = {}
+    known: dict[tuple[type, tuple[str, ...]], Callable[..., Any] | None] = {}
     for module in model.modules() if elementwise.available() else ():
         if "forward" in vars(module):  # somebody else was there before
             continue
-        kind = type(module)
+        kind = type(module), tuple(name for name, _ in module.named_parameters())
         if kind not in known:
             known[kind] = _norm(module) or _rotating(module)
         forward = known[kind]
