@@ -96,7 +96,7 @@ def test_rows_of_zeros_and_what_is_not_finite(form):
 def test_quantising_what_was_quantised_changes_nothing_in_8_bits_and_little_in_4(form):
     once = form.dequantise(form.quantise(random(64, 256)))
     again = form.dequantise(form.quantise(once))
-    assert torch.allclose(again, once, rtol=1e-6) if isinstance(form, Int8) else relative(again, once) < 0.025
+    assert torch.allclose(again, once, rtol=1e-6) if isinstance(form, Int8) else relative(again, once) < 0.05
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

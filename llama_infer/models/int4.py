@@ -84,7 +84,7 @@ class Int4:
         _, scale = reduce(_better, (_span(groups, low, high, most) for most in _MOST))
         scaled, middle, step = groups / scale, (low + high) / (2 * scale), (high - low) / (15 * scale)
         _, m, high = reduce(_better, (_group(scaled, middle, step * part) for part in _SHRINK))
-        numbers = _round(scaled, m, high)[0].add_(8).to(torch.uint8).permute(1, 2, 3, 0)
+        numbers = _round(scaled, m, high)[0].add_(8).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
         eights = numbers.flatten(1)[:, :width].view(len(weight), -1, 2, 4)
         return {
             "int4": (eights[:, :, 1] << 4 | eights[:, :, 0]).flatten(1),

@@ -18,7 +18,7 @@ from .mapped import is_mapped, release, rows_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_BLOCK = 1 << 17
+_BLOCK = 1 << 19
 """Weights that are quantised at a time: what is computed on the way stays in the processor's caches."""
 
 Tensors = Mapping[str, Tensor]

@@ -63,7 +63,7 @@ def pack(tensors: Sequence[Tensor], parts: Sequence[Part], spans: int) -> Tensor
         for tensor, (dtype, columns, together), into in zip(tensors, parts, records.split(sizes, -1), strict=True):
             some = tensor[start * _BLOCK : (start + _AT_A_TIME) * _BLOCK]
             missing = (0, spans * columns - some.shape[1], 0, len(records) * _BLOCK - len(some))
-            lanes = F.pad(some, missing).view(_UNITS[dtype.itemsize * together])
+            lanes = F.pad(some, missing).contiguous().view(_UNITS[dtype.itemsize * together])
             lanes = lanes.view(len(records), -1, _QUAD, spans, columns // together).permute(0, 3, 1, 4, 2)
             into.copy_(lanes.contiguous().view(torch.uint8).view_as(into))
     return packed
