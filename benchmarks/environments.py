@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 PEERS = Path(__file__).parent / "peers"
-SETTINGS = {"llama.cpp": {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}}
-"""The environment variables that an installation needs: llama.cpp is compiled, for this processor."""
+_NO_TILES = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+SETTINGS = {
+    "llama.cpp": {
+        "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF",
+        **({"CFLAGS": _NO_TILES, "CXXFLAGS": _NO_TILES} if platform.machine() == "x86_64" else {}),
+    }
+}
+"""The environment variables that an installation needs: llama.cpp is compiled for this processor, but without AMX: with
+it llama-cpp-python 0.3.36 dies of an illegal instruction on quantised weights (Emerald Rapids, GCC 12)."""
 
 
 class InstallError(RuntimeError):

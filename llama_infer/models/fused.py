@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,13 @@ from .native import elementwise
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Model = TypeVar("Model", bound="PreTrainedModel")
+
 _ROTATE = "apply_rotary_pos_emb"
 
 
 @torch.no_grad()
-def fuse(model: PreTrainedModel) -> PreTrainedModel:
+def fuse(model: Model) -> Model:
     """The model, in bfloat16 on the CPU, with our kernels between its products; as it was where there are none."""
     known: dict[tuple[type, tuple[str, ...]], Callable[..., Any] | None] = {}
     for module in model.modules() if elementwise.available() else ():

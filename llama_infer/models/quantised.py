@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .fused import fuse
 from .linears import embedding_of, replace_linears
 from .mapped import is_mapped, release, rows_of
 
@@ -122,7 +123,8 @@ class QuantisedEmbedding(nn.Module):
 
 
 def quantise_layers(model: Model, form: Format) -> Model:
-    """The model with its linear layers quantised, and an embedding that is tied to one of them with it."""
+    """The model with its linear layers quantised, an embedding that is tied to one of them with it, and what lies
+    between them fused."""
 
     def make(linear: nn.Linear, model: PreTrainedModel) -> nn.Module | None:
         weight, dtype = linear.weight.detach(), linear.weight.dtype
@@ -136,7 +138,7 @@ def quantise_layers(model: Model, form: Format) -> Model:
             layer.tied = True
         return layer
 
-    return replace_linears(model, make, form.keep)
+    return fuse(replace_linears(model, make, form.keep))
 
 
 def blockwise(function: Callable[[Tensors], Tensors], tensors: Tensors) -> dict[str, Tensor]:
