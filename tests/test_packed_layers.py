@@ -34,7 +34,7 @@ def packed_layers(model):
 
 
 @needs_packing
-@pytest.mark.parametrize("rows", [1, 7, 64])
+@pytest.mark.parametrize("rows", [1, 7, 20, 64])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_packed_layer_is_the_layer(rows, bias):
     with torch.random.fork_rng():
@@ -45,6 +45,19 @@ def test_a_packed_layer_is_the_layer(rows, bias):
     exact = torch.nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
     assert torch.allclose(packed(x).double(), exact, rtol=2**-8, atol=2**-8)  # one rounding to bfloat16
     assert torch.equal(packed.weight, linear.weight)
+
+
+@needs_packing
+def test_few_numbers_of_rows_are_asked_of_onednn(monkeypatch):
+    """It compiles for each; a file of prompts has them all."""
+    asked, plain = set(), PackedLinear._product
+    monkeypatch.setattr(PackedLinear, "_product", lambda self, x: asked.add(x.shape) or plain(self, x))
+    packed = PackedLinear(torch.randn(64, 128).bfloat16())
+    whole = torch.randn(1, 200, 128).bfloat16()
+    expected = packed(whole)
+    for rows in range(33, 201):
+        torch.testing.assert_close(packed(whole[:, :rows]), expected[:, :rows])
+    assert {shape[0] for shape in asked} == {64, 96, 128, 160, 192, 224}
 
 
 @needs_packing
