@@ -14,6 +14,7 @@ _NO_TILES = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 SETTINGS = {
     "llama.cpp": {
         "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF",
+        "PIP_NO_CACHE_DIR": "1",  # what pip has built before may have been built otherwise
         **({"CFLAGS": _NO_TILES, "CXXFLAGS": _NO_TILES} if platform.machine() == "x86_64" else {}),
     }
 }

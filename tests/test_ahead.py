@@ -123,6 +123,26 @@ def test_cancelled_while_a_step_is_under_way(ahead):
     assert [done[str(at)].token_ids for at in (0, 2, 3)] == [expected[at] for at in (0, 2, 3)]
 
 
+def test_memory_that_runs_out_when_all_have_ended(ahead):
+    """In the step after the last one that was needed."""
+    first, second = greedy(tiny_llama(), [1, 2, 3], 2)
+    model = tiny_llama()
+    model.generation_config.eos_token_id = second
+    engine = open_engine(ahead(model=model))
+    runner, calls = engine._runner.forward, []
+
+    def scarce(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError
+        return runner(*args)
+
+    engine._runner.forward = scarce
+    engine.add(Request([1, 2, 3], {"max_new_tokens": 9, "temperature": 0}, id="a"))
+    done = completions(drain(engine))
+    assert done["a"].token_ids == (first, second) and done["a"].finish_reason == "stop" and len(calls) == 3
+
+
 def test_a_strategy_that_moves_rows_must_say_so(ahead):
     class Liar(Sample):
         def forks(self, sequence):

@@ -119,6 +119,18 @@ def test_little_is_reserved_on_other_devices(room, made):
     assert cache.past.layers[0].size == (1, made)
 
 
+def test_what_holds_nothing_is_made_anew():
+    """Many short rows and then a long one: never as many as once and as long as now."""
+    cache = bound(SlotCache, "meta")
+    cache.extend(64, 10)
+    cache._make_room(64, 10)
+    assert cache.past.layers[0].size == (64, 64)
+    cache.select([])
+    cache.extend(1, 1000)
+    cache._make_room(1, 100)
+    assert cache.past.layers[0].size == (1, 1000)
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
 def test_room_that_is_not_used_takes_no_memory():
     """Ten tokens in each of 64 slots made for 100,000 (0.8 GB): few pages; without rows, none."""

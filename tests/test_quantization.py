@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import edit_json, write_checkpoint
 
+from llama_infer import Pipeline
 from llama_infer.errors import MissingDependencyError, ParameterError
 from llama_infer.models.loaders import AutoLoader
 from llama_infer.models.quantization import BitsAndBytesInt8, BitsAndBytesNF4, _hidden
@@ -70,6 +71,7 @@ def test_4_bits_are_the_arithmetic_of_their_dequantised_weights(tmp_path, hidden
             )
             module.weight.data = bitsandbytes.functional.dequantize_4bit(packed, state).to(torch.bfloat16)
     dequantised = reference(IDS).logits.double()
+    assert len(Pipeline(model, formatter="plain")([1, 2], max_new_tokens=3, min_new_tokens=3).token_ids) == 3
     assert relative(quantised, dequantised) < 0.05 < relative(quantised, whole)
 
 

@@ -47,4 +47,4 @@ class LocalBackend:
 
     def _keep(self, engine: LocalEngine) -> None:
         with self._lock:
-            self._idle.append(engine)
+            self._idle = [engine]  # the last one only: each holds memory

@@ -90,10 +90,10 @@ class SlotCache:
         """Row i becomes what row ``index[i]`` was. Only rows that change place and hold something are copied: one that
         joined just now may have no slot yet. Without rows, memory is held on a GPU only, for what comes next."""
         before, self.lengths = self.lengths, [self.lengths[row] for row in index]
-        if not index and self._device.type == "cpu":
+        if not index:
             self._room = 0
-            for layer in self._layers:
-                layer.reset()
+            if self._device.type == "cpu":
+                self._reset()
             return
         moved = [row for row, source in enumerate(index) if row != source and before[source]]
         width = max((self.lengths[row] for row in moved), default=0)
@@ -125,9 +125,16 @@ class SlotCache:
         make: Callable[[], SlotLayer] = SlotLayer
         return make()
 
+    def _reset(self) -> None:
+        for layer in self._layers:
+            layer.reset()
+
     def _make_room(self, slots: int, tokens: int) -> None:
         """Says how large the buffers have to be; each layer grows when it is next written."""
         held = self._layers[0].size
+        if (slots > held[0] or tokens > held[1]) and not any(self.lengths):
+            self._reset()  # nothing is in them: new ones need not be as large in both ways as any have ever been
+            held = 0, 0
         slots = held[0] if slots <= held[0] else max(slots, 2 * held[0])
         tokens = held[1] if tokens <= held[1] else max(tokens, 2 * held[1], _TOKENS, self._room)
         for layer in self._layers:

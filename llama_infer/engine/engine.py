@@ -158,7 +158,7 @@ class LocalEngine:
 
     def close(self) -> None:
         """Forgets everything and is as new; a GPU keeps its memory for keys and values, and its recorded steps."""
-        self._cache.erase(range(len(self._rows)))  # the next owners of the slots must find no NaN there
+        self._cache.erase(range(len(self._cache.lengths)))  # the next owners of the slots must find no NaN there
         self._rows, self._batch, self._events, self._launched = [], None, [], []
         self._scheduler = Scheduler(self._a.batch_size, self._a.cache_tokens)
         self._ids.clear()
@@ -195,9 +195,9 @@ class LocalEngine:
                 self._join(*parked)
 
     def _join(self, rows: Sequence[LiveSequence], table: Batch) -> None:
-        self._rows += rows
         self._batch = table if self._batch is None else self._batch.extend(table)
         self._cache.extend(len(rows), self._longest(rows))
+        self._rows += rows
 
     def _longest(self, rows: Sequence[LiveSequence]) -> int:
         """Tokens that the longest row may come to hold; rows that do not say how many count for none."""
@@ -218,8 +218,11 @@ class LocalEngine:
                 what = str(error)
             else:
                 return events + self._read(1 if ahead else 0)
-            events += self._read(0)
-            events += self._shrink(what)  # out here: the error's traceback holds tensors
+            events += self._read(0)  # out here: the error's traceback holds tensors
+            if self._rows:
+                events += self._shrink(what)
+            else:  # all have ended in what was read just now
+                self._empty_cache(0)
         return events + self._read(0)
 
     def _may_run_ahead(self) -> bool:

@@ -181,7 +181,7 @@ class Prefixes:
         """Keeps what a row was fed, prompt and answer."""
         if self._store is not None and sequence.branch == 0:
             sequence.task.kept = True
-            tokens = sequence.tokens()[: cache.lengths[row]]
+            tokens = sequence.tokens()[: cache.lengths[row] - sequence.ahead]  # what is seen to be finite
             try:
                 self._store.keep(tokens, lambda start, end: cache.copy(row, start, end))
                 return

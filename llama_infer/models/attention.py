@@ -51,7 +51,8 @@ def takes_cache(model: PreTrainedModel) -> bool:
 
 def own_state(model: PreTrainedModel) -> str | None:
     """What a module of the model remembers from one forward to the next, beside the cache, by name; None: nothing."""
-    names = (name for module in model.modules() for name in vars(module) if name.endswith(("_state", "_states")))
+    own = (module for module in model.modules() if type(module).__module__.startswith("transformers"))
+    names = (name for module in own for name in vars(module) if name.endswith(("_state", "_states")))
     return next(names, None)
 
 

@@ -55,6 +55,8 @@ def sdpa(
 
 def ragged_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether :func:`ragged` can be used for q [N, heads, d] and keys and values [rows, kv heads, width, d]."""
+    if torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
+        return False
     if (
         not q.is_cuda
         or q.dtype not in (torch.bfloat16, torch.float16)

@@ -83,7 +83,7 @@ def rows_of(tensor: Tensor) -> Callable[[Tensor], Tensor]:
 class _FileRows:
     def __init__(self, tensor: Tensor, file: int, offset: int) -> None:
         self._tensor, self._file, self._offset = tensor, file, offset
-        weakref.finalize(self, os.close, file)
+        weakref.finalize(self, os.close, file).atexit = False
 
     @classmethod
     def of(cls, tensor: Tensor) -> _FileRows | None:
@@ -114,6 +114,9 @@ class _FileRows:
 
     def __deepcopy__(self, memo: Any) -> _FileRows:
         return self  # nothing in it changes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return rows_of, (self._tensor,)  # another process has other files open
 
 
 def _mapped_files() -> Iterator[tuple[range, int, str]]:

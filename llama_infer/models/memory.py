@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from collections.abc import Mapping
@@ -45,10 +46,10 @@ class MemoryPlan:
 def plan_batch(model: PreTrainedModel, asked: int, context_length: int) -> MemoryPlan:
     """The batch of a loaded model that fits into what is free. InsufficientMemoryError when not even one row does."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "meta"}
-    found = [free_memory(device) for device in devices]
-    free = sum(bytes for bytes in found if bytes is not None)
     config: Any = model.config.get_text_config()
     each = token_bytes({name: getattr(config, name, None) for name in _FIELDS}, model.dtype.itemsize) * _GROWTH
+    found = [_free(device, asked * ROW_TOKENS * each / _SHARE) for device in devices]
+    free = sum(bytes for bytes in found if bytes is not None)
     if not found or None in found or not each:
         return MemoryPlan(asked)
     tokens = int(_SHARE * free / each)
@@ -68,16 +69,15 @@ def check_fits(checkpoint: Checkpoint, dtype: torch.dtype | str, device: torch.d
 
     ``whole``: no policy makes the weights smaller on their way in; otherwise a quarter of them must fit.
     """
-    free = free_memory(device)
-    if free is None:
-        return
     stored = {"float64": 8, "float32": 4}.get(checkpoint.dtype or "", 2)
     size = stored if isinstance(dtype, str) or checkpoint.quantization else dtype.itemsize
     files = sum(path.stat().st_size for path in checkpoint.weights)
     weights = files if checkpoint.numbers is None else checkpoint.numbers * size
     text = checkpoint.config.get("text_config")
     row = ROW_TOKENS * token_bytes({**checkpoint.config, **(text if isinstance(text, Mapping) else {})}, size)
-    if weights * (1 if whole else 0.25) + row > free:
+    needed = weights * (1 if whole else 0.25) + row
+    free = _free(device, needed)
+    if free is not None and needed > free:
         raise LoadingError(
             f"{checkpoint.folder} does not fit: its weights are {_size(weights)} in {_name(dtype)}, a row of "
             f"{ROW_TOKENS} tokens needs {_size(row)}, and {_size(free)} are free on {device}. Choose a smaller "
@@ -95,6 +95,15 @@ def token_bytes(config: Mapping[str, Any], itemsize: int) -> int:
         return 0
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     return int(2 * layers * (config.get("num_key_value_heads") or heads) * head_dim * itemsize)
+
+
+def _free(device: torch.device, needed: float) -> int | None:
+    """Bytes that can be had; where that is too little, without models that were dropped and wait to be collected."""
+    free = free_memory(device)
+    if free is not None and free < needed:
+        gc.collect()
+        free = free_memory(device)
+    return free
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,10 +27,20 @@ def weight_bytes(model: PreTrainedModel) -> int:
         held = list(vars(module).values()) if isinstance(module, ours) else []
         held += [part for value in held if isinstance(value, list) for part in value]
         tensors = [value for value in held if isinstance(value, Tensor)]
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False), *tensors):
+        whole = (*module.parameters(recurse=False), *module.buffers(recurse=False), *tensors)
+        for tensor in (part for each in whole for part in _parts(each)):
             if not (apart and module is embedding and is_mapped(tensor)):
                 seen[id(tensor) if tensor.is_mkldnn else tensor.data_ptr()] = _bytes(tensor)
     return sum(seen.values())
+
+
+def _parts(tensor: Any) -> Iterator[Tensor]:
+    """The tensors that one of a library's own kind, such as torchao's, is made of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _parts(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 def _bytes(tensor: Tensor) -> int:

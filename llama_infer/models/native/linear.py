@@ -49,7 +49,7 @@ class FewRows:
 
     def __init__(self, weight: int, shape: tuple[int, int], packing: Packing, bias: Tensor | None = None) -> None:
         self._out, self._in = shape
-        self._bias = None if bias is None else bias.detach().contiguous()  # held, because its address is
+        self._bias = None if bias is None else bias.detach().clone()  # held, because its address is
         at = None if self._bias is None else self._bias.data_ptr()
         self._layer = _Layer(weight, at, *shape, packing.outputs, packing.inputs)
         self._address = ctypes.addressof(self._layer)
