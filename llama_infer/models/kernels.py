@@ -23,6 +23,8 @@ _FEW = 1 << 17
 """Below so many scores, calling costs more than computing: one call then beats three."""
 _BLOCK = 128
 """Queries of a KV head in a product: their scores stay in the processor's cache."""
+_UNIT = 16
+"""What numbers of queries and keys are made multiples of."""
 
 
 def eager(
@@ -106,27 +108,35 @@ def products_pay(q: Tensor, k: Tensor) -> bool:
 def products(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, piece: Piece, window: int | None, scaling: float | None
 ) -> Tensor:
-    """Matmul, softmax, matmul, a block of queries at a time over the keys that it sees."""
+    """Matmul, softmax, matmul, a block of queries at a time over the keys that it sees.
+
+    oneDNN compiles a kernel for every shape that it meets, which takes ten times as long as such a product. So a row by
+    itself is given queries and keys behind its end, which nobody sees, until it has one of few shapes.
+    """
     group, new, width = q.shape[2], q.shape[3], k.shape[2]
-    step = max(1, _BLOCK // group)
+    old = width - new
     ragged = q.shape[0] > 1 or (window is not None and window < width)
     hidden = ~mask if ragged and (mask := layout.mask(piece, window)) is not None else None
-    later = None if ragged or new == 1 else _triangle(min(step, new), q.device)
+    unit = 1 if ragged else _UNIT
+    step = max(unit, _BLOCK // group // unit * unit)
     q = q * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    q, k, v = (F.pad(t, (0, 0, 0, -t.shape[-2] % unit)) for t in (q, k, v))
     outs = []
-    for start in range(0, new, step):
-        end = min(start + step, new)
-        seen = width - new + end
+    for start in range(0, q.shape[3], step):
+        end = min(start + step, q.shape[3])
+        seen = min(-(-(old + end) // unit) * unit, k.shape[2])
         scores = q[:, :, :, start:end].flatten(2, 3) @ k[:, :, :seen].transpose(-1, -2)
         blocks = scores.unflatten(2, (group, end - start))
         if hidden is not None:
             blocks.masked_fill_(hidden[:, :, None, start:end, :seen], -torch.inf)
-        elif later is not None:
-            blocks[..., seen - end + start :].masked_fill_(later[: end - start, : end - start], -torch.inf)
+        elif not ragged:
+            at = old + start
+            blocks[..., at:].masked_fill_(_later(end - start, seen - at, q.device), -torch.inf)
         outs.append((torch.softmax(scores, -1) @ v[:, :, :seen]).unflatten(2, (group, end - start)))
-    return outs[0] if len(outs) == 1 else torch.cat(outs, 3)
+    return (outs[0] if len(outs) == 1 else torch.cat(outs, 3))[:, :, :, :new]
 
 
 @functools.lru_cache(maxsize=128)
-def _triangle(size: int, device: torch.device) -> Tensor:
-    return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
+def _later(queries: int, keys: int, device: torch.device) -> Tensor:
+    """bool [queries, keys]: what comes after each query, the first of which is the first key."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(1)
