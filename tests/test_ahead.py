@@ -143,6 +143,20 @@ def test_memory_that_runs_out_when_all_have_ended(ahead):
     assert done["a"].token_ids == (first, second) and done["a"].finish_reason == "stop" and len(calls) == 3
 
 
+def test_prompts_join_together(ahead):
+    """A step that feeds prompts is dear there: of 16 rows two have to be free, unless fewer wait."""
+    engine = open_engine(ahead(batch_size=16))
+    for at in range(20):
+        engine.add(Request([1, at], {"max_new_tokens": 3 + at, "min_new_tokens": 3 + at}))
+    joined, before = [], set()
+    while engine.busy:
+        engine.step()
+        rows = {row.task.number for row in engine._rows}
+        joined += [len(rows - before)] if rows - before else []
+        before |= rows
+    assert joined[0] == 16 and sum(joined) == 20 and set(joined[1:-1]) <= {2} and joined[-1] in (1, 2)
+
+
 def test_a_strategy_that_moves_rows_must_say_so(ahead):
     class Liar(Sample):
         def forks(self, sequence):

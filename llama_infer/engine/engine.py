@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..batch import Batch, Plan
-from ..chain import NOTHING, Chain, part_name
+from ..batch import Batch
+from ..chain import NOTHING, Chain
 from ..columns import known_values, make_batch
 from ..errors import InsufficientMemoryError, ParameterError, PartError
 from ..layout import Layout
@@ -24,7 +24,7 @@ from .detokenize import Detokenizer
 from .intake import make_task
 from .memory import give_back, is_out_of_memory, keep_freed_memory
 from .prefix import PrefixCache, Prefixes
-from .readout import Reading, Readout, failure, read
+from .readout import Reading, Readout, check_plan, failure, read
 from .runner import Runner
 from .scheduler import Scheduler
 from .sequence import LiveSequence, own_criteria
@@ -88,7 +88,7 @@ class LocalEngine:
         self.closed: Callable[[LocalEngine], None] | None = None
         if assembly.loaded.device.type == "cpu":
             keep_freed_memory()
-        self._scheduler = Scheduler(assembly.batch_size, assembly.cache_tokens)
+        self._scheduler = self._new_scheduler()
         self._runner = Runner(assembly.loaded, assembly.compiled)
         self._cache = assembly.cache()
         self._prefixes = Prefixes(assembly.prefixes)
@@ -160,13 +160,18 @@ class LocalEngine:
         """Forgets everything and is as new; a GPU keeps its memory for keys and values, and its recorded steps."""
         self._cache.erase(range(len(self._cache.lengths)))  # the next owners of the slots must find no NaN there
         self._rows, self._batch, self._events, self._launched = [], None, [], []
-        self._scheduler = Scheduler(self._a.batch_size, self._a.cache_tokens)
+        self._scheduler = self._new_scheduler()
         self._ids.clear()
         self._added = 0
         self._move([])
         closed, self.closed = self.closed, None
         if closed is not None:
             closed(self)
+
+    def _new_scheduler(self) -> Scheduler:
+        """Recorded steps are short; those that feed prompts are not, so that prompts share them."""
+        together = max(1, self._a.batch_size // 8) if self._a.runs_ahead else 1
+        return Scheduler(self._a.batch_size, self._a.cache_tokens, together=together)
 
     @property
     def _table(self) -> Batch:
@@ -239,7 +244,7 @@ class LocalEngine:
         if not any(span.ready for span in spans):
             return
         plan = self._a.strategy.step(output, self._table, self._a.chain)
-        _check_plan(plan, self._table, self._a.strategy, ahead)
+        check_plan(plan, self._table, self._a.strategy, ahead)
         table = self._table.advance(plan)
         self._launched.append(_Launched(tuple(self._rows), read(plan, output, len(spans), table)))
         self._batch = table
@@ -386,14 +391,3 @@ class LocalEngine:
         ranked = self._a.strategy.rank(sorted(task.finished, key=lambda sequence: sequence.branch))
         first, *others = [sequence for sequence in ranked if isinstance(sequence, LiveSequence)]
         return [first.completion(task.request, tuple(other.completion(task.request) for other in others))]
-
-
-def _check_plan(plan: Plan, batch: Batch, strategy: Strategy, ahead: bool) -> None:
-    rows = len(batch) if plan.parents is None else len(plan.parents)
-    if plan.tokens.shape != (rows, 1) or plan.tokens.dtype != torch.int64:
-        raise PartError(
-            f"strategy {part_name(strategy)} planned a {plan.tokens.dtype} tensor of shape {list(plan.tokens.shape)}; "
-            f"this engine takes one int64 token a row and step: [{rows}, 1]"
-        )
-    if ahead and plan.parents is not None:
-        raise PartError(f"strategy {part_name(strategy)} moved rows of which its forks() said that they stay")

@@ -16,6 +16,7 @@ from ..transfer import download
 from ..types import TokenLogprob
 
 if TYPE_CHECKING:
+    from ..parts import Strategy
     from .engine import Assembly
     from .sequence import LiveSequence
 
@@ -95,6 +96,18 @@ def _log_total(logits: torch.Tensor) -> torch.Tensor:
     if bool(((sums > _SMALL) & (sums < 1 / _SMALL)).all()):
         return sums.log_()
     return logits.logsumexp(-1)
+
+
+def check_plan(plan: Plan, batch: Batch, strategy: Strategy, ahead: bool) -> None:
+    """PartError for a plan that the engine cannot carry out; ``ahead``: nor one that moves rows."""
+    rows = len(batch) if plan.parents is None else len(plan.parents)
+    if plan.tokens.shape != (rows, 1) or plan.tokens.dtype != torch.int64:
+        raise PartError(
+            f"strategy {part_name(strategy)} planned a {plan.tokens.dtype} tensor of shape {list(plan.tokens.shape)}; "
+            f"this engine takes one int64 token a row and step: [{rows}, 1]"
+        )
+    if ahead and plan.parents is not None:
+        raise PartError(f"strategy {part_name(strategy)} moved rows of which its forks() said that they stay")
 
 
 def failure(assembly: Assembly, sequence: LiveSequence, token: int, total: float) -> LlamaInferError:

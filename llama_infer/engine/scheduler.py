@@ -26,10 +26,20 @@ class Scheduler:
             empty.
         chunk: prompt tokens fed in a step while other rows decode, so that those do not stall.
         idle_chunk: prompt tokens fed in a step when no row decodes; bounds the memory of activations.
+        together: rows that have to be free before waiting requests join those that run, if so many wait: where a step
+            that feeds prompts takes as long as many that do not.
     """
 
-    def __init__(self, batch_size: int, tokens: float = math.inf, chunk: int = 512, idle_chunk: int = 1024) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        tokens: float = math.inf,
+        chunk: int = 512,
+        idle_chunk: int = 1024,
+        together: int = 1,
+    ) -> None:
         self.batch_size, self.tokens, self.chunk, self.idle_chunk = batch_size, tokens, chunk, idle_chunk
+        self.together = together
         self._waiting: dict[str, Task] = {}
         self._order: list[tuple[int, int, int, Task]] = []  # a heap; may hold tasks that wait no more
 
@@ -57,6 +67,8 @@ class Scheduler:
         rows = sum(task.width for task in tasks.values())
         longest = max(map(_length, tasks.values()), default=0)
         joining: list[Task] = []
+        if tasks and self.batch_size - rows < min(self.together, len(self._waiting)):
+            return joining
         while self._order:
             task = self._order[0][3]
             if self._waiting.get(task.request.id) is task:
