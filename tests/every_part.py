@@ -53,6 +53,19 @@ SET: dict[str, dict[str, Any]] = {
 """By the processor's name. Together they leave a choice in most rows."""
 EVERYTHING = {name: value for values in SET.values() for name, value in values.items()}
 TEMPERED = {"temperature": 0.7}
+WHOLE: dict[str, dict[str, Any]] = {
+    "everything": EVERYTHING,
+    "nothing": {},
+    "greedy": {"temperature": 0.0},
+    "common": {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1},
+    "mirostat 2": {"mirostat": 2},
+}
+"""Sets of values that belong together, by what they are called."""
+
+
+def named(name: str) -> dict[str, Any]:
+    """The values of one processor, or one of :data:`WHOLE`."""
+    return WHOLE[name] if name in WHOLE else set_one(name)
 
 
 def set_one(name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from every_part import EVERYTHING, SET, chain_and_rows, set_one
+from every_part import SET, WHOLE, chain_and_rows, named
 
 from llama_infer import Output, Plan
 from llama_infer.strategies.sample import Sample
@@ -16,23 +16,12 @@ from llama_infer.strategies.sample import Sample
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 VOCABULARY = 8192
-WHOLE: dict[str, dict[str, Any]] = {
-    "everything": EVERYTHING,
-    "nothing": {},
-    "greedy": {"temperature": 0.0},
-    "common": {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1},
-    "mirostat 2": {"mirostat": 2},
-}
 NAMES = [*SET, *WHOLE]
-
-
-def values(name: str) -> dict[str, Any]:
-    return WHOLE[name] if name in WHOLE else set_one(name)
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
     """Twelve rows with these parameters, three without any, one greedy."""
-    return [values(name)] * 12 + [{}] * 3 + [{"temperature": 0.0}]
+    return [named(name)] * 12 + [{}] * 3 + [{"temperature": 0.0}]
 
 
 def logits(rows: int, kind: str) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from every_part import EVERYTHING, SET, chain_and_rows, set_one
+from every_part import SET, WHOLE, chain_and_rows, named
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -19,13 +19,6 @@ from llama_infer import Plan
 torch.set_num_threads(1)
 DEVICE = torch.device("cuda")
 VOCABULARY = 4096
-WHOLE: dict[str, dict[str, Any]] = {
-    "everything": EVERYTHING,
-    "nothing": {},
-    "greedy": {"temperature": 0.0},
-    "common": {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1},
-    "mirostat 2": {"mirostat": 2},
-}
 
 
 class Pretended(torch.Tensor):
@@ -70,7 +63,7 @@ def logits() -> torch.Tensor:
 @pytest.mark.parametrize("name", [*SET, *WHOLE])
 def test_the_choices_are_those_of_the_cpu(name: str) -> None:
     """Over two steps and their state; scores agree to rounding, what is kept exactly."""
-    values = WHOLE[name] if name in WHOLE else set_one(name)
+    values = named(name)
     rows, given = [values] * 4 + [{}, {"temperature": 0.0}], logits()
     chain, batch = chain_and_rows(rows, VOCABULARY)
     with Pretending():
