@@ -16,7 +16,7 @@ class LocalBackend:
     name = "local"
 
     def __init__(self) -> None:
-        self._idle: list[LocalEngine] = []
+        self._idle: LocalEngine | None = None
         self._lock = threading.Lock()
 
     def unsupported(self, assembly: Assembly) -> Sequence[str]:
@@ -37,14 +37,14 @@ class LocalBackend:
         from ..engine.engine import LocalEngine
 
         with self._lock:
-            engine = next((engine for engine in self._idle if engine.assembly is assembly), None)
-            if engine is None:
-                engine = LocalEngine(assembly)
+            engine = self._idle
+            if engine is not None and engine.assembly is assembly:
+                self._idle = None
             else:
-                self._idle.remove(engine)
+                engine = LocalEngine(assembly)
         engine.closed = self._keep if assembly.loaded.device.type == "cuda" else None
         return engine
 
     def _keep(self, engine: LocalEngine) -> None:
         with self._lock:
-            self._idle = [engine]  # the last one only: each holds memory
+            self._idle = engine  # the last one only: each holds memory

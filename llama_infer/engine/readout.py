@@ -71,7 +71,8 @@ def read(plan: Plan, output: Output, rows_before: int, table: Batch) -> Reading:
     source = source if plan.parents is None else source[plan.parents]
     tokens = plan.tokens[:, 0]
     logits = output.logits
-    total = _log_total(logits)[source]
+    totals = _log_total(logits)
+    total = totals[source]
     chosen = logits[source, tokens.clamp(0, logits.shape[1] - 1)]
     columns = [tokens, chosen - total, total, table.branch]
     if plan.parents is not None:
@@ -80,7 +81,7 @@ def read(plan: Plan, output: Output, rows_before: int, table: Batch) -> Reading:
     count = max((n for n in table.values.get("logprobs", frozenset()) if isinstance(n, int)), default=0)
     if count:
         best = logits.topk(min(count, logits.shape[1]))
-        sent += [best.indices, best.values - logits.logsumexp(-1, keepdim=True), source]
+        sent += [best.indices, best.values - totals[:, None], source]
     values, *top = [download(tensor) for tensor in sent]
     arrived = torch.cuda.current_stream(logits.device).record_event() if logits.is_cuda else None
     return Reading(values, (top[0], top[1], top[2]) if top else None, arrived)
