@@ -1,4 +1,4 @@
-"""Linear layers of few rows in C++ against float64, and what happens where there is no such kernel."""
+"""Linear layers in C++ against float64, and what happens where there is no such kernel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear
 
 from llama_infer.models.native.build import library
-from llama_infer.models.native.linear import Packing, few_rows
+from llama_infer.models.native.linear import Packing, kernel
 from llama_infer.models.packed import PackedLinear, packing, refusal
 
 compiled = pytest.mark.skipif(library("linear") is None, reason="no C++ compiler, or no cache folder of one's own")
@@ -43,7 +43,7 @@ def close(found, exact):
 @compiled
 @settings(deadline=None, max_examples=60)
 @given(
-    st.integers(1, 32),
+    st.one_of(st.integers(1, 32), st.integers(33, 700)),
     st.integers(1, 150),
     st.integers(1, 200),
     st.sampled_from([16, 32, 48, 64]),
@@ -54,8 +54,24 @@ def test_every_shape_and_layout_is_the_definition(rows, out, inputs, outputs, mu
     weight, added = layer(out, inputs, bias, rows)
     laid, lies = laid_out(weight, outputs, multiple)
     x = inputs_of(rows, inputs)
-    found = few_rows(laid.data_ptr(), (out, inputs), lies, added)(x)
+    found = kernel(laid.data_ptr(), (out, inputs), lies, added)(x)
+    if found is None:  # many rows, but no tiles
+        assert rows > 32
+        return
     close(found, linear(x.double(), weight.double(), None if added is None else added.double()))
+
+
+@compiled
+@pytest.mark.parametrize("rows", [1, 40, 256, 257])
+def test_sums_that_wait_between_chunks_of_inputs_lose_nothing(rows):
+    """More inputs than are laid out at once, of as many rows as there can be: ones, which bfloat16 sums exactly."""
+    weight = torch.ones(40, 1024 * 17)
+    weight[:, ::2] = -1
+    weight[torch.arange(40), 300 * torch.arange(40) + 1] += torch.arange(40.0)
+    laid, lies = laid_out(weight.bfloat16(), 32, 32)
+    run = kernel(laid.data_ptr(), tuple(weight.shape), lies, None)
+    found = run(torch.ones(rows, weight.shape[1], dtype=torch.bfloat16))
+    assert found is None or torch.equal(found, torch.arange(40).bfloat16().expand(rows, 40))
 
 
 @compiled
@@ -64,10 +80,11 @@ def test_every_shape_and_layout_is_the_definition(rows, out, inputs, outputs, mu
 def test_a_row_is_the_same_in_any_company(outputs, multiple):
     weight, _ = layer(100, 16 * 7)
     laid, lies = laid_out(weight, outputs, multiple)
-    run = few_rows(laid.data_ptr(), tuple(weight.shape), lies, None)
-    x = inputs_of(32, weight.shape[1])
-    together = run(x)
-    for rows in range(1, 32):
+    run = kernel(laid.data_ptr(), tuple(weight.shape), lies, None)
+    x = inputs_of(600, weight.shape[1])
+    most = 32 if run(x) is None else len(x)
+    x, together = x[:most], run(x[:most])
+    for rows in (*range(1, 32), *(count for count in (33, 49, 100, 256, 257, 511, 599) if count < most)):
         assert torch.equal(run(x[:rows]), together[:rows])
         assert torch.equal(run(x[-rows:]), together[-rows:])
 
@@ -79,7 +96,7 @@ def test_what_is_not_finite_stays_so_and_in_its_row(bad, multiple):
     weight, _ = layer(70, 16 * 5)
     laid, lies = laid_out(weight, 32, multiple)
     x = inputs_of(19, weight.shape[1])
-    run = few_rows(laid.data_ptr(), tuple(weight.shape), lies, None)
+    run = kernel(laid.data_ptr(), tuple(weight.shape), lies, None)
     clean = run(x)
     x[17, 79] = bad
     found = run(x)
@@ -99,16 +116,16 @@ def test_what_onednn_packs_is_read(shape, bias):
     lies = packing(packed._packed)
     if lies is None:
         pytest.skip("oneDNN packs in another way here")
-    kernel = packed.few_rows
+    kernel = packed.kernel
     assert kernel is not None
     for rows in (1, 5, 32, 33):
         x = inputs_of(rows, shape[1])
         exact = linear(x.double(), weight.double(), None if added is None else added.double())
         close(packed(x), exact)
-        assert (kernel(x) is None) == (rows > 32)
-        packed.few_rows = None
+        assert kernel(x) is not None or rows > 32
+        packed.kernel = None
         close(packed(x), exact)
-        packed.few_rows = kernel
+        packed.kernel = kernel
 
 
 @compiled
@@ -149,7 +166,7 @@ def test_without_a_kernel_onednn_does_it(monkeypatch):
     ours = PackedLinear(weight, bias)(x)
     monkeypatch.setattr("llama_infer.models.native.linear._kernels", lambda: None)
     theirs = PackedLinear(weight, bias)
-    assert theirs.few_rows is None
+    assert theirs.kernel is None
     close(theirs(x), linear(x.double(), weight.double(), bias.double()))
     close(ours, linear(x.double(), weight.double(), bias.double()))
 
@@ -157,7 +174,7 @@ def test_without_a_kernel_onednn_does_it(monkeypatch):
 @needs_packing
 def test_a_layout_that_is_not_known_is_not_read(monkeypatch):
     weight, _ = layer(128, 64)
-    assert few_rows(0, (128, 64), Packing(24, 64), None) is None
+    assert kernel(0, (128, 64), Packing(24, 64), None) is None
     packed = PackedLinear(weight)._packed
     described = torch.ops.mkldnn._get_mkldnn_serialized_md(packed)
 

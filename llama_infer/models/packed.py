@@ -1,8 +1,9 @@
 """Linear layers laid out for the processor: the only file that names torch's private operators of oneDNN.
 
 ``torch.nn.functional.linear`` reads row-major weights, which on x86 costs half of the memory bandwidth in bfloat16 and
-a third of the arithmetic of a batch. oneDNN's own layout of the same numbers costs neither, at any number of rows. Few
-rows go to a kernel of ours that reads that layout (``native/linear.py``), where there is one; oneDNN does the rest.
+a third of the arithmetic of a batch. oneDNN's own layout of the same numbers costs neither, at any number of rows. A
+kernel of ours (``native/linear.py``), where there is one, reads that layout and takes few rows, or all where the
+processor multiplies tiles; oneDNN does the rest.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from ..errors import UnsupportedError
 from .fused import fuse
 from .linears import embedding_of, replace_linears
 from .mapped import MappedEmbedding, is_mapped
-from .native.linear import Packing, few_rows
+from .native.linear import Packing
+from .native.linear import kernel as native_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,7 +88,7 @@ class PackedLinear(nn.Module):
         self._tied = (tied,)  # in a tuple, because the embedding is no part of this module
         shape, lies = (self.out_features, self.in_features), packing(self._packed)
         address = torch.ops.mkldnn.data_ptr(self._packed)
-        self.few_rows = None if lies is None else few_rows(address, shape, lies, bias)
+        self.kernel = None if lies is None else native_kernel(address, shape, lies, bias)
 
     @classmethod
     def of(cls, linear: nn.Linear, model: PreTrainedModel) -> PackedLinear | None:
@@ -108,9 +110,9 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """bfloat16 [..., in] -> [..., out]."""
-        few = None if self.few_rows is None else self.few_rows(x)
-        if few is not None:
-            return few
+        y = None if self.kernel is None else self.kernel(x)
+        if y is not None:
+            return y
         rows = x.numel() // self.in_features
         spare = -rows % _STEP if rows > _STEP else 0
         if not spare:

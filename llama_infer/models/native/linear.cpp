@@ -1,6 +1,6 @@
-// Linear layers of few rows in bfloat16: y [rows, out] = x [rows, in] W^T + bias, as fast as W can be read from memory.
-// W lies as oneDNN packs it, [out / block][inputs / 2][block][2] with zeros behind both ends. Sums are in float32, in an
-// order that depends on the layer alone: a row's result is the same whatever other rows are in the call.
+// Linear layers in bfloat16: y [rows, out] = x [rows, in] W^T + bias. W lies as oneDNN packs it,
+// [out / block][inputs / 2][block][2] with zeros behind both ends. Sums are in float32, in an order that depends on the
+// layer alone: a row's result is the same whatever other rows are in the call.
 
 #include <algorithm>
 #include <cstdlib>
@@ -27,26 +27,51 @@ struct Layer {  // as linear.py fills it
     int64_t tiled() const { return (inputs + WIDE - 1) / WIDE * WIDE; }  // inputs in whole tiles
 };
 
+// Memory that a thread keeps from call to call, one of each type; null: there is none.
+template <typename T>
+T* scratch(size_t count) {
+    static thread_local struct Buffer {
+        T* at = nullptr;
+        size_t count = 0;
+        ~Buffer() { std::free(at); }
+    } buffer;
+    if (buffer.count < count) {
+        std::free(buffer.at);
+        buffer.at = (T*)std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64);
+        buffer.count = buffer.at ? count : 0;
+    }
+    return buffer.at;
+}
+
 // Asks for weights that are needed soon: the processor's own foresight ends at every page. Into the second cache, since
 // requests from the first are few, and x needs them.
 inline void fetch(const Half* at) { __builtin_prefetch((const char*)at + 4096, 0, 2); }
 
-// A row's outputs from `first` on, as many of `most` as the layer has.
-inline void store(const float* sums, const Layer& layer, int64_t first, int64_t most, Half* y) {
-    const int64_t count = std::min(most, layer.out - first);
-    y += first;
-    if (layer.bias)
-        for (int64_t n = 0; n < count; n++) y[n] = narrow(sums[n] + widen(layer.bias[first + n]));
+// Sixteen of a row's outputs, from `first` on, or those that are left.
+inline void store(Lanes sums, const Layer& layer, int64_t first, Half* y) {
+    const int64_t count = std::min<int64_t>(16, layer.out - first);
+    if (count <= 0) return;
+    if (layer.bias) {
+        Lanes bias = {};
+        for (int64_t n = 0; n < count; n++) bias[n] = widen(layer.bias[first + n]);
+        sums += bias;
+    }
+    const Halves all = narrow(sums);
+    if (count == 16)
+        std::memcpy(y + first, &all, sizeof all);
     else
-        for (int64_t n = 0; n < count; n++) y[n] = narrow(sums[n]);
+        std::memcpy(y + first, &all, count * sizeof(Half));
 }
 
-// Sixteen rows of x as tiles, zeros behind the ends.
-void gather(const Layer& layer, const Half* x, int64_t rows, Half* tiles) {
-    for (int64_t k = 0; k < layer.inputs; k += WIDE)
+// Of sixteen rows of x the inputs from `start` on, `depth` of them, as tiles, with zeros behind the ends.
+void gather(const Layer& layer, const Half* x, int64_t rows, int64_t start, int64_t depth, Half* tiles) {
+    for (int64_t k = start; k < start + depth; k += WIDE)
         for (int64_t r = 0; r < TALL; r++, tiles += WIDE) {
             const int64_t count = r < rows ? std::clamp<int64_t>(layer.in - k, 0, WIDE) : 0;
-            if (count) std::memcpy(tiles, x + r * layer.in + k, count * sizeof(Half));
+            if (count == WIDE)
+                std::memcpy(tiles, x + r * layer.in + k, WIDE * sizeof(Half));
+            else if (count)
+                std::memcpy(tiles, x + r * layer.in + k, count * sizeof(Half));
             if (count < WIDE) std::memset(tiles + count, 0, (WIDE - count) * sizeof(Half));
         }
 }
@@ -77,7 +102,8 @@ void some(const Layer& layer, const Half* w, const Half* x, Half* y, int64_t fir
             for (int v = 0; v < VECTORS; v++) sums[r][v] = dot(sums[r][v], weights[v], inputs);
         }
     }
-    for (int r = 0; r < ROWS; r++) store((const float*)sums[r], layer, first, VECTORS * 16, y + r * layer.out);
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++) store(sums[r][v], layer, first + v * 16, y + r * layer.out);
 }
 
 // The same for any number of them, as many at a time as the registers hold.
@@ -96,6 +122,9 @@ void vectors(const Layer& layer, const Half* w, const Half* x, Half* y, int64_t 
 }
 
 #ifdef LLAMA_INFER_TILES
+constexpr int64_t MOST_ROWS = 256, INNER = 1024;  // of a pass over the weights; inputs whose weights stay in the first cache
+constexpr int64_t CHUNK = 1 << 19;  // inputs, of all rows of a pass, that stay in the second cache
+
 // The processor's tiles: 0-3 sums, 4-5 inputs, 6-7 weights.
 struct alignas(64) Shapes {
     uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -104,74 +133,126 @@ struct alignas(64) Shapes {
     explicit Shapes(int64_t upper) { rows[0] = rows[1] = rows[4] = uint8_t(upper); }
 };
 
-inline void store_tile(const float* sums, const Layer& layer, int64_t first, int64_t rows, Half* y) {
-    for (int64_t r = 0; r < rows; r++) store(sums + r * 16, layer, first, 16, y + r * layer.out);
-}
-
-// 32 outputs of up to 32 rows; LOWER: of more than 16.
-template <bool LOWER>
-void products(const Layer& layer, const Half* w, const Half* x, Half* y, int64_t rows, int64_t first) {
-    const Half* below = x + layer.inputs * TALL;
-    const int64_t pair = layer.block * 2;
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (LOWER) {
-        _tile_zero(2);
-        _tile_zero(3);
+// A thread's tiles; in the end as they were, for oneDNN keeps its own from call to call.
+class Tiles {
+  public:
+    explicit Tiles(int64_t upper) {
+        _tile_storeconfig(before_);
+        const Shapes shapes(upper);
+        _tile_loadconfig(&shapes);
     }
-    for (int64_t k = 0; k < layer.inputs; k += WIDE, w += pair * 16) {
-        for (int p = 0; p < 16; p++) {
-            fetch(w + p * pair);
-            fetch(w + p * pair + 32);
+    ~Tiles() { _tile_loadconfig(before_); }
+
+  private:
+    alignas(64) char before_[64];
+};
+
+// 32 outputs of up to 32 rows, LOWER: of more than 16: adds `steps` * WIDE products to the sums, four tiles. Of weights
+// that are needed soon, LINES of each step's 32 lines are asked for: where there are more rows, they share the asking.
+template <bool LOWER, int LINES>
+void products(const Half* w, int64_t pair, const Half* x, const Half* below, int64_t steps, bool fresh, float* sums,
+              const Half* soon) {
+    if (fresh) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if constexpr (LOWER) {
+            _tile_zero(2);
+            _tile_zero(3);
         }
+    } else {
+        _tile_loadd(0, sums, 64);
+        _tile_loadd(1, sums + 256, 64);
+        if constexpr (LOWER) {
+            _tile_loadd(2, sums + 512, 64);
+            _tile_loadd(3, sums + 768, 64);
+        }
+    }
+    for (int64_t s = 0; s < steps; s++, w += pair * 16, x += TALL * WIDE, below += TALL * WIDE) {
+        for (int line = 0; line < LINES; line += 2) {
+            __builtin_prefetch(soon + line / 2 * pair, 0, 2);
+            __builtin_prefetch(soon + line / 2 * pair + 32, 0, 2);
+        }
+        soon += pair * 16;
         _tile_loadd(6, w, pair * sizeof(Half));
         _tile_loadd(7, w + 32, pair * sizeof(Half));
-        _tile_loadd(4, x + k * TALL, 64);
+        _tile_loadd(4, x, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if constexpr (LOWER) {
-            _tile_loadd(5, below + k * TALL, 64);
+            _tile_loadd(5, below, 64);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    alignas(64) float sums[4][256];
-    _tile_stored(0, sums[0], 64);
-    _tile_stored(1, sums[1], 64);
-    for (int half = 0; half < 2; half++)
-        store_tile(sums[half], layer, first + half * 16, std::min(rows, TALL), y);
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + 256, 64);
     if constexpr (LOWER) {
-        _tile_stored(2, sums[2], 64);
-        _tile_stored(3, sums[3], 64);
-        for (int half = 0; half < 2; half++)
-            store_tile(sums[2 + half], layer, first + half * 16, rows - TALL, y + TALL * layer.out);
+        _tile_stored(2, sums + 512, 64);
+        _tile_stored(3, sums + 768, 64);
     }
 }
 
-// A thread's tiles; in the end as they were, for oneDNN keeps its own from call to call.
-class Tiles {
-  public:
-    Tiles() { _tile_storeconfig(before_); }
-    ~Tiles() { _tile_loadconfig(before_); }
-
-    void block(const Layer& layer, const Half* w, const Half* x, Half* y, int64_t rows, int64_t first) {
+template <int LINES>
+void add(const Layer& layer, int64_t first, const Half* x, int64_t rows, int64_t start, int64_t depth, float* sums) {
+    const int64_t pair = layer.block * 2;
+    const Half* w = layer.weight + first / layer.block * layer.block * layer.inputs + first % layer.block * 2;
+    const int64_t step = LINES == 32 ? depth : INNER;
+    for (int64_t k = 0; k < depth; k += step) {
+        const int64_t some = std::min(step, depth - k);
+        const Half* here = w + (start + k) / 2 * pair;
+        const Half* soon = LINES == 32 ? here + 2048 : here + some / 2 * pair;
         for (int64_t r = 0; r < rows; r += 2 * TALL) {
-            const int64_t count = std::min(2 * TALL, rows - r), upper = std::min(count, TALL);
-            if (upper != upper_) {
-                const Shapes shapes(upper);
-                _tile_loadconfig(&shapes);
-                upper_ = upper;
-            }
-            const auto run = count > TALL ? products<true> : products<false>;
-            for (int64_t n = 0; n < layer.block && first + n < layer.out; n += 32)
-                run(layer, w + n * 2, x + r * layer.inputs, y + r * layer.out, count, first + n);
+            const Half* tiles = x + r * depth + k * TALL;
+            const auto run = rows - r > TALL ? products<true, LINES> : products<false, LINES>;
+            const int64_t share = r / (2 * TALL) * LINES % 32;
+            run(here, pair, tiles, tiles + TALL * depth, some / WIDE, start + k == 0, sums + r * 32, soon + share / 2 * pair);
         }
     }
+}
 
-  private:
-    alignas(64) char before_[64];
-    int64_t upper_ = 0;
-};
+// Adds to the sums of 32 outputs from `first` on, of up to MOST_ROWS rows, what `depth` inputs from `start` on give; x:
+// those inputs as tiles.
+void add(const Layer& layer, int64_t first, const Half* x, int64_t rows, int64_t start, int64_t depth, float* sums) {
+    const auto run = rows <= 32 ? add<32> : rows <= 96 ? add<16> : rows <= 224 ? add<8> : add<4>;
+    run(layer, first, x, rows, start, depth, sums);
+}
+
+// What comes of the sums of 32 outputs.
+void finish(const Layer& layer, int64_t first, const float* sums, int64_t rows, Half* y) {
+    for (int64_t r = 0; r < rows; r++) {
+        const float* tile = sums + r / 16 * 512 + r % 16 * 16;
+        store(*(const Lanes*)tile, layer, first, y + r * layer.out);
+        store(*(const Lanes*)(tile + 256), layer, first + 16, y + r * layer.out);
+    }
+}
+
+// Up to MOST_ROWS rows. Inputs are taken a chunk at a time; where there is more than one, the sums wait in between.
+bool tiled(const Layer& layer, const Half* x, Half* y, int64_t rows) {
+    const int64_t padded = (rows + TALL - 1) / TALL * TALL, size = (padded + TALL) / (2 * TALL) * 1024;
+    const int64_t chunk = std::min(layer.inputs, CHUNK / padded / INNER * INNER), blocks = (layer.out + 31) / 32;
+    const bool waits = chunk < layer.inputs;
+    Half* tiles = scratch<Half>(padded * chunk);
+    float* waiting = waits ? scratch<float>(blocks * size) : nullptr;
+    if (!tiles || (waits && !waiting)) return false;
+#pragma omp parallel
+    {
+        Tiles own(std::min(rows, TALL));
+        alignas(64) float passing[MOST_ROWS * 32];
+        for (int64_t start = 0; start < layer.inputs; start += chunk) {
+            const int64_t depth = std::min(chunk, layer.inputs - start);
+#pragma omp for schedule(static)
+            for (int64_t r = 0; r < rows; r += TALL)
+                gather(layer, x + r * layer.in, rows - r, start, depth, tiles + r * depth);
+#pragma omp for schedule(static)
+            for (int64_t b = 0; b < blocks; b++) {
+                float* sums = waits ? waiting + b * size : passing;
+                add(layer, b * 32, tiles, rows, start, depth, sums);
+                if (start + depth == layer.inputs) finish(layer, b * 32, sums, rows, y);
+            }
+        }
+    }
+    return true;
+}
 #endif
 
 // Whether the processor multiplies tiles; the system grants them to a process that asks.
@@ -184,50 +265,41 @@ bool have_tiles() {
 #endif
 }
 
-Half* scratch(size_t count) {
-    static thread_local struct Buffer {
-        Half* at = nullptr;
-        size_t count = 0;
-        ~Buffer() { std::free(at); }
-    } buffer;
-    if (buffer.count < count) {
-        std::free(buffer.at);
-        buffer.at = (Half*)std::aligned_alloc(64, (count * sizeof(Half) + 63) / 64 * 64);
-        buffer.count = buffer.at ? count : 0;
-    }
-    return buffer.at;
-}
-
 }  // namespace
+
+// How many rows the kernel takes of such a layer: with tiles any number, else few, as many as it is the fastest for.
+extern "C" int64_t most_rows(const Layer* layer) {
+    return have_tiles() && layer->block % 32 == 0 && layer->inputs % WIDE == 0 ? INT64_MAX : 32;
+}
 
 // x [rows, in] and y [rows, out] lie densely. False: there is no memory.
 extern "C" bool linear(const Layer* given, const Half* x, Half* y, int64_t rows) {
     const Layer layer = *given;
-    const int64_t blocks = (layer.out + layer.block - 1) / layer.block;
-    const int64_t sixteen = layer.tiled() * TALL;
-    Half* tiles = scratch((rows + TALL - 1) / TALL * sixteen);
+#ifdef LLAMA_INFER_TILES
+    if (most_rows(given) > 32) {
+        const int64_t parts = (rows + MOST_ROWS - 1) / MOST_ROWS;  // alike, because each reads all weights
+        const int64_t most = (rows + parts * 2 * TALL - 1) / (parts * 2 * TALL) * 2 * TALL;
+        for (int64_t r = 0; r < rows; r += most)
+            if (!tiled(layer, x + r * layer.in, y + r * layer.out, std::min(most, rows - r))) return false;
+        return true;
+    }
+#endif
+    const int64_t blocks = (layer.out + layer.block - 1) / layer.block, sixteen = layer.tiled() * TALL;
+    Half* tiles = scratch<Half>((rows + TALL - 1) / TALL * sixteen);
     if (!tiles) return false;
-    const bool tiled = have_tiles() && layer.block % 32 == 0 && layer.inputs % WIDE == 0;
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r += TALL) gather(layer, x + r * layer.in, rows - r, tiles + r / TALL * sixteen);
-#ifdef LLAMA_INFER_TILES
-        if (tiled) {
-            Tiles own;
+        for (int64_t r = 0; r < rows; r += TALL)
+            gather(layer, x + r * layer.in, rows - r, 0, layer.inputs, tiles + r / TALL * sixteen);
 #pragma omp for schedule(static)
-            for (int64_t b = 0; b < blocks; b++)
-                own.block(layer, layer.weight + b * layer.block * layer.inputs, tiles, y, rows, b * layer.block);
-        } else
-#endif
-#pragma omp for schedule(static)
-            for (int64_t b = 0; b < blocks; b++) {
-                const Half* w = layer.weight + b * layer.block * layer.inputs;
-                if (layer.block == 16) vectors<1>(layer, w, tiles, y, rows, b * layer.block);
-                if (layer.block == 32) vectors<2>(layer, w, tiles, y, rows, b * layer.block);
-                if (layer.block == 48) vectors<3>(layer, w, tiles, y, rows, b * layer.block);
-                if (layer.block == 64) vectors<4>(layer, w, tiles, y, rows, b * layer.block);
-            }
+        for (int64_t b = 0; b < blocks; b++) {
+            const Half* w = layer.weight + b * layer.block * layer.inputs;
+            if (layer.block == 16) vectors<1>(layer, w, tiles, y, rows, b * layer.block);
+            if (layer.block == 32) vectors<2>(layer, w, tiles, y, rows, b * layer.block);
+            if (layer.block == 48) vectors<3>(layer, w, tiles, y, rows, b * layer.block);
+            if (layer.block == 64) vectors<4>(layer, w, tiles, y, rows, b * layer.block);
+        }
     }
     return true;
 }

@@ -1,7 +1,8 @@
-"""Linear layers of few rows in bfloat16, on weights as oneDNN packs them.
+"""Linear layers in bfloat16, on weights as oneDNN packs them.
 
 Few rows cost the reading of the weights. oneDNN reads them at a half to nine tenths of the memory's speed, and a call
-of it takes longer than a small layer. This kernel reads the same memory, so that nothing is held twice.
+of it takes longer than a small layer. Many cost arithmetic; where the processor multiplies tiles (AMX), ours does more
+of it a second, with nothing to compile for each number of rows. It reads the same memory, so that nothing is held twice.
 """
 
 from __future__ import annotations
@@ -15,9 +16,6 @@ import torch
 from torch import Tensor
 
 from .build import library
-
-_ROWS = 32
-"""Up to how many rows this pays, with a processor's tiles (AMX) as without; measured."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,8 @@ class _Layer(ctypes.Structure):
     )
 
 
-class FewRows:
-    """The kernel for one layer. A row's result is the same, bit for bit, whatever other rows are in the call.
+class Kernel:
+    """One layer's. A row's result is the same, bit for bit, whatever other rows are in the call.
 
     Args:
         weight: the address of the packed weight, which the caller keeps alive.
@@ -54,7 +52,7 @@ class FewRows:
         self._layer = _Layer(weight, at, *shape, packing.outputs, packing.inputs)
         self._address = ctypes.addressof(self._layer)
         self._run = _kernels().linear
-        self._most = _ROWS * self._in
+        self._most = _kernels().most_rows(self._address) * self._in
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """bfloat16 [..., in] -> [..., out]; None where it would not pay, or is not for this kernel."""
@@ -66,13 +64,13 @@ class FewRows:
         return y if self._run(self._address, x.data_ptr(), y.data_ptr(), size // self._in) else None
 
 
-def few_rows(weight: int, shape: tuple[int, int], packing: Packing, bias: Tensor | None) -> FewRows | None:
+def kernel(weight: int, shape: tuple[int, int], packing: Packing, bias: Tensor | None) -> Kernel | None:
     """The kernel for a layer; None where it cannot be had, or the weight lies in a way that it does not read."""
     if packing.outputs not in (16, 32, 48, 64) or _kernels() is None:
         return None
     if bias is not None and (bias.dtype != torch.bfloat16 or not bias.is_cpu):
         return None
-    return FewRows(weight, shape, packing, bias)
+    return Kernel(weight, shape, packing, bias)
 
 
 @functools.cache
@@ -81,4 +79,6 @@ def _kernels() -> Any:
     if kernels is not None:
         kernels.linear.argtypes = (*[ctypes.c_void_p] * 3, ctypes.c_int64)
         kernels.linear.restype = ctypes.c_bool
+        kernels.most_rows.argtypes = (ctypes.c_void_p,)
+        kernels.most_rows.restype = ctypes.c_int64
     return kernels
