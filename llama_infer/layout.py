@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -120,13 +120,19 @@ class Layout:
 
     @cached_property
     def singles(self) -> Tensor | None:
-        """int64 [3, S]: the rows that feed one token, which of the packed tokens it is, and how many each then holds;
-        None when there are none."""
-        found, start = [], 0
-        for row, span in enumerate(self.spans):
-            if span.new == 1:
-                found.append((row, start, span.end))
-            start += span.new
+        """int64 [4, S]: the rows that feed one token, which of the packed tokens it is, how many they feed (1), and how
+        many each then holds; None when there are none."""
+        return self._where(lambda new: new == 1)
+
+    @cached_property
+    def several(self) -> Tensor | None:
+        """The same of the rows that feed more."""
+        return self._where(lambda new: new > 1)
+
+    def _where(self, asked: Callable[[int], bool]) -> Tensor | None:
+        starts = accumulate((span.new for span in self.spans), initial=0)
+        rows = enumerate(zip(starts, self.spans, strict=False))  # the last start is the end
+        found = [(row, start, span.new, span.end) for row, (start, span) in rows if asked(span.new)]
         return self._tensor(found).T.contiguous() if found else None
 
     @cached_property

@@ -37,11 +37,15 @@ def test_rows_positions_and_last(given_spans):
 
 @settings(deadline=None, max_examples=60)
 @given(spans)
-def test_singles_are_the_rows_that_feed_one_token(given_spans):
+def test_rows_that_feed_one_token_and_those_that_feed_several(given_spans):
     layout = layout_of(given_spans)
     tokens = packed(layout)
-    expected = [(row, tokens.index((row, s.old)), s.end) for row, s in enumerate(layout.spans) if s.new == 1]
-    assert ([] if layout.singles is None else list(zip(*layout.singles.tolist(), strict=True))) == expected
+    rows = [(row, tokens.index((row, s.old)), s.new, s.end) for row, s in enumerate(layout.spans) if s.new]
+    for found, expected in (
+        (layout.singles, [row for row in rows if row[2] == 1]),
+        (layout.several, [row for row in rows if row[2] > 1]),
+    ):
+        assert ([] if found is None else list(zip(*found.tolist(), strict=True))) == expected
 
 
 @settings(deadline=None, max_examples=60)

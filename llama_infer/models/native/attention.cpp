@@ -165,7 +165,7 @@ void all(const T* q, const T* k, const T* v, T* out, const int64_t* where, int64
          int64_t row_stride, int64_t head_stride, int64_t window, float scale) {
 #pragma omp parallel for schedule(dynamic)
     for (int64_t i = 0; i < rows * heads; i++) {
-        const int64_t row = where[i / heads], token = where[rows + i / heads], end = where[2 * rows + i / heads];
+        const int64_t row = where[i / heads], token = where[rows + i / heads], end = where[3 * rows + i / heads];
         const int64_t held = row * row_stride + i % heads * head_stride;
         const int64_t asked = (token * heads + i % heads) * group * DIM;
         attend<T, DIM>(q + asked, k + held, v + held, out + asked, std::max<int64_t>(0, end - window), end, group, scale);

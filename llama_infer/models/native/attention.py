@@ -1,13 +1,15 @@
-"""Attention of single new tokens on the CPU.
+"""Attention on the CPU: of single new tokens, and where the processor multiplies tiles (AMX) of any number.
 
 torch's fused kernel pads rows of unequal length, and with one query a row it reads keys and values at a fraction of the
-memory's speed. This one does neither.
+memory's speed; with many, it computes at a fraction of the processor's. Rows of any lengths are one call here.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from .build import library
 
 _TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _DIMS = (8, 16, 32, 64, 96, 128, 256)
+_TILED = (32, 64, 96, 128, 256)
+_ADDRESS, _COUNT = ctypes.c_void_p, ctypes.c_int64
 
 
 def kernel(query: Tensor, key: Tensor, value: Tensor) -> Callable[..., None] | None:
@@ -56,3 +60,44 @@ def attend(
         ctypes.c_int64(layout.width if window is None else window),
         ctypes.c_float(dim**-0.5 if scaling is None else scaling),
     )
+
+
+def prefills(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether :func:`prefill` can be used for such tensors."""
+    return (
+        key.dtype == torch.bfloat16
+        and key.shape[3] in _TILED
+        and query.shape[1] // key.shape[1] <= 512
+        and kernel(query, key, value) is not None
+        and _prefill() is not None
+    )
+
+
+def prefill(
+    q: Tensor, key: Tensor, value: Tensor, out: Tensor, layout: Layout, window: int | None, scaling: float | None
+) -> None:
+    """Fills ``out`` [N, heads, d] for the rows that feed several tokens, from q [N, heads, d]. A token's result is the
+    same, bit for bit, whatever else is fed. Raises MemoryError."""
+    where = layout.several
+    if where is None:
+        return
+    q = q.contiguous()
+    heads, dim = key.shape[1], key.shape[3]
+    done = _prefill()(
+        *(tensor.data_ptr() for tensor in (q, key, value, out, where)),
+        *(where.shape[1], heads, q.shape[1] // heads, dim, key.stride(0), key.stride(1)),
+        layout.width if window is None else window,
+        dim**-0.5 if scaling is None else scaling,
+    )
+    if not done:
+        raise MemoryError("there is no memory for the attention of a prompt: feed fewer tokens at once")
+
+
+@functools.cache
+def _prefill() -> Any:
+    kernels = library("prefill")
+    if kernels is None:
+        return None
+    kernels.available.restype = kernels.prefill.restype = ctypes.c_bool
+    kernels.prefill.argtypes = (*[_ADDRESS] * 5, *[_COUNT] * 7, ctypes.c_float)
+    return kernels.prefill if kernels.available() else None

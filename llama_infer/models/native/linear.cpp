@@ -221,8 +221,8 @@ void add(const Layer& layer, int64_t first, const Half* x, int64_t rows, int64_t
 void finish(const Layer& layer, int64_t first, const float* sums, int64_t rows, Half* y) {
     for (int64_t r = 0; r < rows; r++) {
         const float* tile = sums + r / 16 * 512 + r % 16 * 16;
-        store(*(const Lanes*)tile, layer, first, y + r * layer.out);
-        store(*(const Lanes*)(tile + 256), layer, first + 16, y + r * layer.out);
+        store(load(tile), layer, first, y + r * layer.out);
+        store(load(tile + 256), layer, first + 16, y + r * layer.out);
     }
 }
 

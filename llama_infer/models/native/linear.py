@@ -1,8 +1,9 @@
 """Linear layers in bfloat16, on weights as oneDNN packs them.
 
 Few rows cost the reading of the weights. oneDNN reads them at a half to nine tenths of the memory's speed, and a call
-of it takes longer than a small layer. Many cost arithmetic; where the processor multiplies tiles (AMX), ours does more
-of it a second, with nothing to compile for each number of rows. It reads the same memory, so that nothing is held twice.
+of it takes longer than a small layer. Many cost arithmetic: where the processor multiplies tiles (AMX), ours does at
+least as much of it a second, with nothing to compile for each number of rows. It reads the same memory: nothing is held
+twice.
 """
 
 from __future__ import annotations

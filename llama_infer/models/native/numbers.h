@@ -12,7 +12,16 @@ namespace {
 typedef uint16_t Half;
 typedef float Lanes __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
+typedef int32_t Places __attribute__((vector_size(64)));
 typedef Half Halves __attribute__((vector_size(32)));
+
+inline Lanes load(const float* at) {
+    Lanes lanes;
+    std::memcpy(&lanes, at, sizeof lanes);
+    return lanes;
+}
+
+inline void store(Lanes lanes, float* at) { std::memcpy(at, &lanes, sizeof lanes); }
 
 inline float widen(Half x) {
     const uint32_t bits = uint32_t(x) << 16;
