@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ParameterError
+from ..history import HISTORY_ONLY
 from ..parameters import ENGINE_PARAMS
 from ..parts import Context, Param
 from ..types import Value
-from .penalties import HISTORY_ONLY, IN_PLACE, largest, last_tokens, numbers
+from .penalties import IN_PLACE, largest, last_tokens, numbers
 from .sequences import WILDCARD, Sequences
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build import library
+from ...native import library
 
 _ROWS = 32
 """Up to how many rows this pays, with a processor's tiles (AMX) as without; measured."""
@@ -77,7 +77,7 @@ def few_rows(weight: int, shape: tuple[int, int], packing: Packing, bias: Tensor
 
 @functools.cache
 def _kernels() -> Any:
-    kernels = library("linear")
+    kernels = library("models/native/linear")
     if kernels is not None:
         kernels.linear.argtypes = (*[ctypes.c_void_p] * 3, ctypes.c_int64)
         kernels.linear.restype = ctypes.c_bool
