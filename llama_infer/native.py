@@ -40,7 +40,7 @@ def library(name: str) -> Any:
     if compiler is None or folder is None:
         return None
     source = Path(__file__).parent / f"{name}.cpp"
-    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(Path(__file__).parent.rglob("*.h")))]
     key = "\0".join([*texts, *_COMPILE, compiler, torch.__version__, _processor()])
     built = folder / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     try:

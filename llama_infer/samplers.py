@@ -28,7 +28,7 @@ class Greedy:
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> int64 [R]."""
-        from .candidates import argmax
+        from .rows import argmax
 
         return argmax(logits)
 
@@ -53,7 +53,7 @@ class Categorical:
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> int64 [R]."""
-        from .candidates import argmax
+        from .rows import argmax
 
         if batch.all_equal("temperature", 0.0):
             return argmax(logits)
@@ -82,7 +82,7 @@ def _draw_from_all(logits: Tensor, batch: Batch) -> Tensor:
     import torch
 
     from . import noise
-    from .candidates import argmax
+    from .rows import argmax
 
     if logits.device.type != "cpu":
         ids = torch.arange(logits.shape[1], device=logits.device)

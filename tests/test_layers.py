@@ -19,6 +19,7 @@ LAYERS = [
         "batch",
         "layout",
         "history",
+        "rows",
         "candidates",
         "chain",
         "columns",

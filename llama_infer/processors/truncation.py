@@ -32,7 +32,7 @@ class TopK:
         largest = _largest_k(batch, logits.shape[1])
         if not largest:
             return logits  # every row keeps all
-        from ..candidates import likeliest
+        from ..rows import likeliest
         from .moments import drop_below
 
         return drop_below(logits, self._last(likeliest(logits, largest)[0], batch))
