@@ -36,7 +36,8 @@ class Greedy:
 class Categorical:
     """Draws from softmax(logits) by the Gumbel trick: argmax of logits plus noise; greedy where temperature is 0.
 
-    The noise belongs to the token id, so the choice does not depend on which candidates were looked at.
+    The noise belongs to the token id, so the choice does not depend on which candidates were looked at. 0 <=
+    temperature, which the processor of that name divides by. Maddison, Tarlow, Minka 2014, arXiv 1411.0030.
     """
 
     name = "categorical"

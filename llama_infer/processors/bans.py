@@ -210,7 +210,10 @@ class _TokenList:
 
 
 class AllowedTokens(_TokenList):
-    """Bans every token but those of ``allowed_token_ids`` (vLLM). Neutral: ``()``, which allows all."""
+    """Bans every token but those of ``allowed_token_ids`` (vLLM).
+
+    Token ids from 0, within the vocabulary. Neutral: ``()``, which allows all.
+    """
 
     name = "allowed_token_ids"
     params = {
@@ -236,7 +239,10 @@ class AllowedTokens(_TokenList):
 
 
 class SuppressTokens(_TokenList):
-    """Bans the tokens of ``suppress_tokens`` (transformers' ``SuppressTokensLogitsProcessor``). Neutral: ``()``."""
+    """Bans the tokens of ``suppress_tokens`` (transformers' ``SuppressTokensLogitsProcessor``).
+
+    Token ids from 0, within the vocabulary. Neutral: ``()``.
+    """
 
     name = "suppress_tokens"
     params = {
@@ -257,8 +263,9 @@ class SuppressTokens(_TokenList):
 
 
 class BeginSuppressTokens(_TokenList):
-    """Bans the tokens of ``begin_suppress_tokens`` as the first of the answer. Neutral: ``()``.
+    """Bans the tokens of ``begin_suppress_tokens`` as the first of the answer.
 
+    Token ids from 0, within the vocabulary. Neutral: ``()``.
     As transformers' ``SuppressTokensAtBeginLogitsProcessor`` where its ``begin_index`` is the prompt's length.
     """
 
