@@ -92,6 +92,15 @@ def test_the_likeliest_are_those_of_a_sort(native, kinds, vocabulary, count, dou
     assert torch.equal(largest, logits.argmax(-1))
 
 
+@each_way
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_nan_of_either_sign_comes_first(native, dtype):
+    logits = torch.randn(2, 12_800, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    logits[0, 77], logits[1, 12_345] = math.nan, -math.nan
+    assert likeliest(logits, 3)[1][:, 0].tolist() == [77, 12_345]
+    assert argmax(logits).tolist() == [77, 12_345]
+
+
 @compiled
 def test_rows_are_shared_among_threads():
     logits = torch.randn(9, 12_800, generator=torch.Generator().manual_seed(1))
