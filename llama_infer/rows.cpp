@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <utility>
@@ -75,13 +76,25 @@ void likeliest(const T* row, int64_t vocabulary, int64_t count, T* values, int64
     }
 }
 
-// Of e to the power of each number; meaningless beyond what a float holds, and then large or small.
-float total(const float* row, int64_t vocabulary) {
+inline float read(const float* from, float*) { return *from; }
+inline float read(const uint16_t* from, float* to) {  // bfloat16, the upper half of a float
+    uint32_t bits = uint32_t(*from) << 16;
+    std::memcpy(to, &bits, sizeof bits);
+    return *to;
+}
+
+// The sum of e to the power of each number; meaningless beyond what a float holds, and then large or small. Numbers of
+// half the size are written to ``to`` as floats.
+template <typename T>
+float total(const T* row, float* to, int64_t vocabulary) {
     double sum = 0;
     for (int64_t start = 0; start < vocabulary; start += CHUNK) {
         float part = 0;
         auto add = [&](int64_t size) {
-            for (int64_t at = start; at < start + size; at++) part += exponential(row[at] > 88.f ? 88.f : row[at]);
+            for (int64_t at = start; at < start + size; at++) {
+                float x = read(row + at, to + at);
+                part += exponential(x > 88.f ? 88.f : x);
+            }
         };
         if (start + CHUNK <= vocabulary)
             add(CHUNK);  // of a length that the compiler knows
@@ -104,7 +117,14 @@ float total(const float* row, int64_t vocabulary) {
 KERNEL(float)
 KERNEL(double)
 
-extern "C" void totals(const float* logits, int64_t rows, int64_t vocabulary, float* sums) {
+extern "C" void totals(float* logits, int64_t rows, int64_t vocabulary, float* sums) {
 #pragma omp parallel for if (rows * vocabulary > ALONE)
-    for (int64_t row = 0; row < rows; row++) sums[row] = total(logits + row * vocabulary, vocabulary);
+    for (int64_t row = 0; row < rows; row++)
+        sums[row] = total(logits + row * vocabulary, logits + row * vocabulary, vocabulary);
+}
+
+extern "C" void widen(const uint16_t* logits, int64_t rows, int64_t vocabulary, float* sums, float* to) {
+#pragma omp parallel for if (rows * vocabulary > ALONE)
+    for (int64_t row = 0; row < rows; row++)
+        sums[row] = total(logits + row * vocabulary, to + row * vocabulary, vocabulary);
 }

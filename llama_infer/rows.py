@@ -54,15 +54,28 @@ def log_total(logits: Tensor) -> Tensor:
     if not logits.is_cpu or logits.dtype != torch.float32:
         return logits.logsumexp(-1)
     sums = torch.empty(logits.shape[0])
-    if _kernels() and logits.is_contiguous():
+    if logits.is_contiguous() and "totals" in _kernels():
         _kernels()["totals"](logits.data_ptr(), *logits.shape, sums.data_ptr())
     else:
         weights = torch.empty(logits.shape[1])  # stays in the processor's cache
         for row, given in enumerate(logits):
             sums[row] = torch.exp(given, out=weights).sum()
-    if bool(((sums > _SMALL) & (sums < 1 / _SMALL)).all()):
-        return sums.log_()
-    return logits.logsumexp(-1)
+    return _log(sums, logits)
+
+
+def widened(logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The logits [M, V] in float32 (float64 stays), and their :func:`log_total` where it comes in the same pass."""
+    if logits.dtype != torch.bfloat16 or not logits.is_cpu or not logits.is_contiguous() or "widen" not in _kernels():
+        return logits if logits.dtype == torch.float64 else logits.float(), None
+    wide, sums = torch.empty(logits.shape, dtype=torch.float32), torch.empty(logits.shape[0])
+    _kernels()["widen"](logits.data_ptr(), *logits.shape, sums.data_ptr(), wide.data_ptr())
+    return wide, _log(sums, wide)
+
+
+def _log(sums: Tensor, logits: Tensor) -> Tensor:
+    """Of the rows' sums, where these tell that nothing was lost."""
+    safe = bool(((sums > _SMALL) & (sums < 1 / _SMALL)).all())
+    return sums.log_() if safe else logits.logsumexp(-1)
 
 
 def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -90,20 +103,20 @@ def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 @cache
 def _kernels() -> dict[Any, Any]:
-    """``likeliest`` by dtype and "totals"; empty where they cannot be had."""
+    """``likeliest`` by dtype, "totals" and "widen"; empty where they cannot be had."""
     compiled = library("rows")
     if compiled is None:
         return {}
-    address, number = ctypes.c_void_p, ctypes.c_int64
     kernels = {
-        torch.float32: compiled.likeliest_float,
-        torch.float64: compiled.likeliest_double,
-        "totals": compiled.totals,
+        torch.float32: (compiled.likeliest_float, 3, 2),
+        torch.float64: (compiled.likeliest_double, 3, 2),
+        "totals": (compiled.totals, 2, 1),
+        "widen": (compiled.widen, 2, 2),
     }
-    for name, run in kernels.items():
-        given = [number] * 2 + [address] if name == "totals" else [number] * 3 + [address] * 2
-        run.argtypes, run.restype = [address, *given], None
-    return kernels
+    for run, numbers, addresses in kernels.values():
+        run.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * numbers, *[ctypes.c_void_p] * addresses]
+        run.restype = None
+    return {name: run for name, (run, *_) in kernels.items()}
 
 
 @lru_cache(maxsize=64)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llama_infer import rows
 from llama_infer.native import library
-from llama_infer.rows import argmax, likeliest, log_total
+from llama_infer.rows import argmax, likeliest, log_total, widened
 
 compiled = pytest.mark.skipif(library("rows") is None, reason="no C++ compiler, or no cache folder of one's own")
 each_way = pytest.mark.parametrize("native", [pytest.param(True, marks=compiled), False])
@@ -44,6 +44,27 @@ def test_the_sum_is_that_in_float64(native, kinds, vocabulary, seed):
     noise = torch.randn(len(kinds), vocabulary, generator=torch.Generator().manual_seed(seed))
     logits = torch.stack([SUMS[kind](row) for kind, row in zip(kinds, noise, strict=True)])
     torch.testing.assert_close(log_total(logits).double(), logits.double().logsumexp(-1), rtol=1e-6, atol=2e-6)
+
+
+@each_way
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.sampled_from(sorted(SUMS)), min_size=1, max_size=4), st.sampled_from([5, 3000]), st.integers(0, 99))
+def test_half_logits_are_widened_as_they_are_summed(native, kinds, vocabulary, seed):
+    noise = torch.randn(len(kinds), vocabulary, generator=torch.Generator().manual_seed(seed))
+    logits = torch.stack([SUMS[kind](row) for kind, row in zip(kinds, noise, strict=True)]).bfloat16()
+    logits[0, 1] = [math.nan, math.inf, -math.inf, 0.0][seed % 4]
+    wide, totals = widened(logits)
+    torch.testing.assert_close(wide, logits.float(), rtol=0, atol=0, equal_nan=True)
+    assert (totals is not None) == native
+    if totals is not None:
+        expected = logits.double().logsumexp(-1)
+        torch.testing.assert_close(totals.double(), expected, rtol=1e-6, atol=2e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_logits_stay(dtype):
+    logits = torch.zeros(2, 5, dtype=dtype)
+    assert widened(logits)[0] is logits
 
 
 @each_way

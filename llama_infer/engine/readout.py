@@ -69,7 +69,7 @@ def read(plan: Plan, output: Output, rows_before: int, table: Batch) -> Reading:
     source = source if plan.parents is None else source[plan.parents]
     tokens = plan.tokens[:, 0]
     logits = output.logits
-    totals = log_total(logits)
+    totals = log_total(logits) if output.totals is None else output.totals
     total = totals[source]
     chosen = logits[source, tokens.clamp(0, logits.shape[1] - 1)]
     columns = [tokens, chosen - total, total, table.branch]
