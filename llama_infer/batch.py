@@ -76,12 +76,14 @@ class Output:
     """What one forward says.
 
     Attributes:
-        logits: float [M, V], a row for each table row whose known tokens have all been fed.
+        logits: float32 (or float64) [M, V], a row for each table row whose known tokens have all been fed.
         rows: int64 [M], which rows of the table those are, ascending; None when they are all of them, in order.
+        totals: [M], ``logits.logsumexp(-1)`` where it is known already.
     """
 
     logits: Tensor
     rows: Tensor | None = None
+    totals: Tensor | None = None
 
     def index(self, count: int) -> Tensor:
         """int64 [count]: for each row of a table of ``count`` rows its row of logits, -1 where it has none."""

@@ -11,7 +11,6 @@ which a tensor has five times as much.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -19,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .rows import likeliest
+
 if TYPE_CHECKING:
     from .batch import Batch
 
 Array: TypeAlias = NDArray[Any]
 
-_CHUNKS = (64, 32, 16)
-"""How many tokens may share a maximum in the first stage of the search; powers of two."""
 _NO_ID = np.iinfo(np.int64).max
 
 
@@ -52,7 +51,7 @@ class Candidates(NamedTuple):
     @staticmethod
     def of(logits: Tensor, count: int) -> Candidates:
         """The ``count`` likeliest tokens of each row of [R, V], on the CPU."""
-        values, ids = _likeliest(logits, count)
+        values, ids = (found.numpy() for found in likeliest(logits, count))
         whole = values.shape[1] == logits.shape[1]
         every_row = np.ones((len(values), 1), dtype=np.bool_)
         return Candidates(
@@ -95,55 +94,3 @@ class Candidates(NamedTuple):
 def column(batch: Batch, name: str) -> Array:
     """A parameter as an array [R, 1]."""
     return batch[name].numpy()[:, None]
-
-
-def argmax(logits: Tensor) -> Tensor:
-    """``logits.argmax(-1)`` of [R, V], the first among equals, NaN before all else; for many rows on the CPU in two
-    stages, where torch finds the largest of a chunk five times faster than its place."""
-    rows, vocab_size = logits.shape
-    size = _CHUNKS[0]
-    if logits.device.type != "cpu" or logits.dtype not in (torch.float32, torch.float64):
-        return logits.argmax(-1)
-    if rows == 1 or vocab_size % size or vocab_size < size * size:
-        return torch.from_numpy(logits.numpy().argmax(-1))
-    grouped = logits.reshape(rows, -1, size)
-    chunk = grouped.amax(-1).argmax(-1)
-    return chunk * size + grouped[_row_numbers(rows), chunk].argmax(-1)
-
-
-def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """``logits.topk(count)`` of [R, V]: values and ids, NaN before all else; which of equals at the end is open."""
-    if logits.device.type != "cpu":
-        best = logits.topk(min(count, logits.shape[1]))
-        return best.values, best.indices
-    values, ids = _likeliest(logits, count)
-    return torch.from_numpy(values), torch.from_numpy(ids)
-
-
-def _likeliest(logits: Tensor, count: int) -> tuple[Array, Array]:
-    """The same on the CPU, in two stages where that is faster: the best tokens are in the chunks of the best maxima."""
-    rows, vocab_size = logits.shape
-    count = min(count, vocab_size)
-    size = next((size for size in _CHUNKS if count * size * 8 <= vocab_size and vocab_size % size == 0), 0)
-    if not size:
-        best = logits.topk(count)
-        return best.values.numpy(), best.indices.numpy()
-    chunks = logits.reshape(rows, -1, size)
-    maxima, grouped, shift = chunks.amax(-1).numpy(), chunks.numpy(), size.bit_length() - 1
-    first = maxima.shape[1] - count
-    values = np.empty((rows, count), dtype=grouped.dtype)
-    ids = np.empty((rows, count), dtype=np.int64)
-    for row in range(rows):
-        chosen = maxima[row].argpartition(first)[first:]  # the least of them first
-        inside = grouped[row].take(chosen, axis=0).ravel()
-        places = (~(inside < maxima[row, chosen[0]])).nonzero()[0]  # at least the maxima themselves, and NaN
-        found = inside[places]
-        order = found.argsort()[: -count - 1 : -1]
-        values[row], places = found[order], places[order]
-        ids[row] = (chosen[places >> shift] << shift) + (places & size - 1)
-    return values, ids
-
-
-@lru_cache(maxsize=64)
-def _row_numbers(rows: int) -> Tensor:
-    return torch.arange(rows)

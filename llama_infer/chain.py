@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 from .batch import Batch, Column
 from .candidates import Candidates
 from .errors import PartError
+from .history import restored, together
 from .parts import Context, LogitsProcessor, Sampler, Trait
 
 NOTHING = -1
@@ -88,7 +88,7 @@ class Chain:
         stages = self._stages(batch)
         if not stages.lends or not _is_writable(logits):
             return self._run(stages, logits, batch)
-        with _restored(logits, batch.tokens):
+        with restored(logits, batch):
             return self._run(stages, logits, batch, writable=True)
 
     def _run(self, stages: _Stages, logits: Tensor, batch: Batch, writable: bool = False) -> Choice:
@@ -117,6 +117,7 @@ class Chain:
         first = next((part for part in stages.head if "pure" not in traits(part)), None)
         if not stages.accepting and "history_only" in traits(first) and batch.device.type == "cpu":
             stages = stages._replace(lends=True)
+        stages = stages._replace(head=together(stages.head))
         self._memo = (batch.values, stages)
         return stages
 
@@ -174,20 +175,6 @@ def part_name(part: Any) -> str:
 
 def _is_writable(logits: Tensor) -> bool:
     return logits.dtype in _FLOATS and logits.is_contiguous() and not logits.is_inference()
-
-
-@contextlib.contextmanager
-def _restored(logits: Tensor, tokens: Tensor) -> Iterator[None]:
-    """Whatever is written into the logits at the known ``tokens`` [R, T] is undone: that costs as much as the history
-    is long, a copy as much as the vocabulary is large. On the CPU."""
-    values, (rows, vocab_size) = logits.numpy().reshape(-1), logits.shape
-    # A filling of -1 is the last logit of the row before, which is put back like any other.
-    places = (tokens.numpy() + np.arange(0, rows * vocab_size, vocab_size)[:, None]).ravel()
-    before = values.take(places)
-    try:
-        yield
-    finally:
-        values[places] = before
 
 
 def _apply(parts: Sequence[Any], logits: Tensor, batch: Batch, writable: bool = False) -> Tensor:

@@ -28,7 +28,7 @@ class Greedy:
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> int64 [R]."""
-        from .candidates import argmax
+        from .rows import argmax
 
         return argmax(logits)
 
@@ -36,7 +36,8 @@ class Greedy:
 class Categorical:
     """Draws from softmax(logits) by the Gumbel trick: argmax of logits plus noise; greedy where temperature is 0.
 
-    The noise belongs to the token id, so the choice does not depend on which candidates were looked at.
+    The noise belongs to the token id, so the choice does not depend on which candidates were looked at. 0 <=
+    temperature, which the processor of that name divides by. Maddison, Tarlow, Minka 2014, arXiv 1411.0030.
     """
 
     name = "categorical"
@@ -53,7 +54,7 @@ class Categorical:
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> int64 [R]."""
-        from .candidates import argmax
+        from .rows import argmax
 
         if batch.all_equal("temperature", 0.0):
             return argmax(logits)
@@ -82,7 +83,7 @@ def _draw_from_all(logits: Tensor, batch: Batch) -> Tensor:
     import torch
 
     from . import noise
-    from .candidates import argmax
+    from .rows import argmax
 
     if logits.device.type != "cpu":
         ids = torch.arange(logits.shape[1], device=logits.device)

@@ -194,7 +194,7 @@ class _Run:
 
 
 class MaxTime:
-    """Stops once ``max_time`` seconds have passed since the request was admitted (transformers' MaxTime).
+    """Stops once ``max_time`` seconds, from 0, have passed since the request was admitted (transformers' MaxTime).
 
     Asked after each token, so that at least one comes and the last may come late by a step. The clock is monotonic.
     Used alone, outside of an engine, the time runs from the first question.

@@ -78,6 +78,17 @@ def test_the_average_follows_the_tokens_own_probabilities():
     assert seen == {True, False}
 
 
+@pytest.mark.parametrize(("target", "average"), [(0.9, 0.2), (0.1, 0.9)])
+def test_the_aim_stays_within_0_and_1(target, average):
+    """However far what was chosen lies off the target."""
+    part = AdaptiveP()
+    logits = torch.tensor([[4.0, 1.0, 0.0, -2.0]])
+    batch = table(part, [{"adaptive_target": target}])
+    columns = {**batch.columns, "adaptive_sum": average * batch["adaptive_weight"]}
+    got = part(logits, replace(batch, columns=columns))[0].tolist()
+    assert got == pytest.approx(aimed(logits[0].double().numpy(), target, average=average).tolist(), abs=1e-4)
+
+
 def test_rows_take_their_average_along():
     part = AdaptiveP()
     rows = [{"adaptive_target": target} for target in (0.1, 0.5, -1.0)]

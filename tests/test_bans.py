@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,6 +158,17 @@ def test_bad_words_are_banned_with_and_without_a_space(tokenizer):
     got = scores(bans.BadWords(), Case(torch.zeros(4, 264), histories, [0] * 4), words, tokenizer=tokenizer)
     banned = [set((row == -math.inf).nonzero()[:, 0].tolist()) for row in got]
     assert banned == [{ord("d"), ord("y")}, set(), {ord("y")}, {7}]
+
+
+def test_bad_words_are_spelled_with_a_space_of_their_own():
+    """A tokenizer in which a word behind a space is another token, and a space by itself is none."""
+    known = {"bad": [1], " bad": [2, 3], "": [], " ": []}
+    tokenizer = lambda text, add_special_tokens: SimpleNamespace(input_ids=known[text])  # noqa: E731
+    case = Case(torch.zeros(2, 5), [[2], [4]], [0, 0])
+    for words in ("bad", " bad"):
+        got = scores(bans.BadWords(), case, [{"bad_words": (words, " ")}] * 2, tokenizer=tokenizer)
+        banned = [set((row == -math.inf).nonzero()[:, 0].tolist()) for row in got]
+        assert banned == ([{1, 3}, {1}] if words == "bad" else [{3}, set()])
 
 
 def test_bad_words_need_a_tokenizer():

@@ -312,12 +312,20 @@ class Keep:
             lambda self, c, b: c.need(self.on(c, b)[1]).keep(c.values >= self.on(c, b)[0], np.ones_like(c.complete)),
             "said complete",
         ),
-        (lambda self, c, b: c.keep(c.values == c.values, np.zeros_like(c.complete)), "differs from the plain call"),
+        (
+            lambda self, c, b: c.need(self.on(c, b)[1]).keep(c.values >= self.on(c, b)[0], np.zeros_like(c.complete)),
+            "not complete, and the plain call removes a token outside",
+        ),
+        (lambda self, c, b: c.keep(c.values == c.values, np.zeros_like(c.complete)), "removes a token outside"),
         (
             lambda self, c, b: c.keep(np.multiply(c.values, 2, out=c.values) > 0, c.complete),
             "wrote into the candidates",
         ),
-        (lambda self, c, b: type(c).of(c.everything(), 1), "changed which tokens"),
+        (lambda self, c, b: c._replace(values=c.values * 2, fits=np.ones_like(c.fits)), "differs from the plain call"),
+        (
+            lambda self, c, b: type(c).of(c.everything(), 1)._replace(fits=np.zeros_like(c.fits)),
+            "changed which tokens",
+        ),
     ],
 )
 def test_narrow(narrow, match):

@@ -58,6 +58,18 @@ def test_page_has_the_part_and_its_parameters(kind: Kind, name: str) -> None:
         assert any(line.startswith(f"| `{param}` | `{name}` | ") for line in lines)
 
 
+def test_every_processor_says_its_source_and_explains_its_parameters() -> None:
+    rows = [
+        line.split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines() if line[:3].strip("| ").isdigit()
+    ]
+    assert len(rows) == len(DEFAULT_PROCESSORS)
+    assert [row[1] for row in rows if row[-1].strip(" |") == "-"] == []
+    for name in DEFAULT_PROCESSORS:
+        part = registry.resolve("processor", name)
+        for param in part.params:
+            assert param in f"{part.name} {type(part).__doc__}", (name, param)
+
+
 def test_picture_is_there_and_small() -> None:
     assert 10_000 < (ROOT / "docs" / "samplers.png").stat().st_size < 200_000
 

@@ -76,6 +76,14 @@ def test_dynamic_temperature_is_low_when_certain_and_high_when_not():
     assert float(part(certain, table(part, params)).amin()) == pytest.approx(-180.0)
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.0, 2.0), (2.0, 0.0)])
+def test_one_end_of_the_temperature_may_be_0(low, high):
+    part = DynamicTemperature()
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    out = part(logits, table(part, [{"dynatemp_low": low, "dynatemp_high": high}]))
+    assert out[0].tolist() == pytest.approx(dynamic(logits[0].double().numpy(), low, high).tolist(), rel=1e-5)
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_smoothing_follows_its_formula(data):

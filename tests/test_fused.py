@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from llama_infer.models.fused import fuse
 from llama_infer.models.native import elementwise
-from llama_infer.models.native.build import library
+from llama_infer.native import library
 from llama_infer.testing import tiny_llama
 
-compiled = pytest.mark.skipif(library("elementwise") is None, reason="no C++ compiler, or no cache folder of one's own")
+NATIVE = "models/native/elementwise"
+compiled = pytest.mark.skipif(library(NATIVE) is None, reason="no C++ compiler, or no cache folder of one's own")
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 

@@ -13,10 +13,10 @@ from llama_infer.errors import LoadingError
 from llama_infer.models.int4 import Int4, Int4Linear, Int4TorchLinear
 from llama_infer.models.int8 import Int8, Int8Linear, Int8TorchLinear, _exact_products
 from llama_infer.models.loaders import AutoLoader
-from llama_infer.models.native.build import library
 from llama_infer.models.native.integer import SPAN, kernel
 from llama_infer.models.saved import save_quantised
 from llama_infer.models.size import weight_bytes
+from llama_infer.native import library
 from llama_infer.parts import Source
 
 IDS = torch.tensor([[256, *b"Why must we reduce pollution?"]])

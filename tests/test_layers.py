@@ -11,7 +11,20 @@ ROOT = Path(__file__).resolve().parent.parent / "llama_infer"
 
 LAYERS = [
     {"types", "errors", "parts", "registry", "files"},
-    {"transfer", "noise", "patterns", "batch", "layout", "candidates", "chain", "columns", "parameters"},
+    {
+        "transfer",
+        "native",
+        "noise",
+        "patterns",
+        "batch",
+        "layout",
+        "history",
+        "rows",
+        "candidates",
+        "chain",
+        "columns",
+        "parameters",
+    },
     {"samplers", "stopping", "foreign", "processors", "strategies", "cache", "models", "prompts"},
     {"engine"},
     {"backends"},

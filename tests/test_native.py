@@ -14,10 +14,11 @@ from test_kernels import definition, make, spans
 from llama_infer import Pipeline
 from llama_infer.layout import Layout, Span
 from llama_infer.models.native import attention as native
-from llama_infer.models.native.build import library
+from llama_infer.native import library
 from llama_infer.testing import tiny_llama
 
-compiled = pytest.mark.skipif(library("attention") is None, reason="no C++ compiler, or no cache folder of one's own")
+NATIVE = "models/native/attention"
+compiled = pytest.mark.skipif(library(NATIVE) is None, reason="no C++ compiler, or no cache folder of one's own")
 
 
 def attend(layout, q, k, v, window=None, scaling=None):
@@ -96,11 +97,11 @@ def fresh(monkeypatch, tmp_path):
 
 @compiled
 def test_it_is_compiled_once(fresh, tmp_path):
-    assert library("attention") is not None
+    assert library(NATIVE) is not None
     (built,) = (tmp_path / "llama_infer").iterdir()
     made = built.stat().st_mtime_ns
     library.cache_clear()
-    assert library("attention") is not None and built.stat().st_mtime_ns == made
+    assert library(NATIVE) is not None and built.stat().st_mtime_ns == made
 
 
 @pytest.mark.parametrize("why", ["switched off", "no compiler", "compiler fails", "others can write", "no folder"])
@@ -117,7 +118,7 @@ def test_without_it_torch_serves(fresh, tmp_path, why):
         os.chmod(tmp_path / "llama_infer", 0o777)
     else:
         (tmp_path / "llama_infer").write_text("a file")
-    assert library("attention") is None
+    assert library(NATIVE) is None
     answers = Pipeline(tiny_llama())([[1, 2, 3], [4] * 20], temperature=0, max_new_tokens=6)
     for answer in answers:
         assert answer.token_ids == greedy(tiny_llama(), answer.prompt_token_ids, 6)

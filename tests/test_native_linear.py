@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
-from llama_infer.models.native.build import library
 from llama_infer.models.native.linear import Packing, kernel
 from llama_infer.models.packed import PackedLinear, packing, refusal
+from llama_infer.native import library
 
-compiled = pytest.mark.skipif(library("linear") is None, reason="no C++ compiler, or no cache folder of one's own")
+NATIVE = "models/native/linear"
+compiled = pytest.mark.skipif(library(NATIVE) is None, reason="no C++ compiler, or no cache folder of one's own")
 needs_packing = pytest.mark.skipif(refusal(torch.device("cpu"), torch.bfloat16) is not None, reason="no packed layout")
 
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_infer import transform_logits
+from llama_infer.errors import ParameterError
 
 VOCABULARY = 300
 BOUNDS = {
@@ -146,6 +147,13 @@ def test_logit_bias_by_definition():
     assert scores[2, 0] == -math.inf
 
 
+def test_logit_bias_knows_the_vocabulary():
+    logits = torch.zeros(1, 5)
+    assert transform_logits(logits, logit_bias={4: 1.0}).tolist() == [[0, 0, 0, 0, 1]]
+    with pytest.raises(ParameterError, match="logit_bias: token 5 is not in the vocabulary of 5"):
+        transform_logits(logits, logit_bias={5: 1.0})
+
+
 def mixed_settings(seed):
     """A row's parameters, each at a default, in its range or at an end of it."""
     draw = random.Random(seed)
@@ -173,11 +181,19 @@ def test_mixed_rows_equal_rows_alone():
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-50, 1e-40, 1e-30, 1e-9, 1e-4])
 def test_tiny_temperatures_are_nearly_greedy_and_finite(temperature):
-    logits = torch.tensor([[1.0, 5.0, 4.999, -80.0], [-1e30, -1e31, -math.inf, 0.0], [1e4, 1e4 + 1, 0.0, 0.0]])
+    logits = torch.tensor(
+        [
+            [1.0, 5.0, 4.999, -80.0],
+            [-1e30, -1e31, -math.inf, 0.0],
+            [1e4, 1e4 + 1, 0.0, 0.0],
+            [0.0, 1e8, 9.9e9, 1e10],
+            [-1e20, -1e19, -1e18, -1e21],
+        ]
+    )
     scores = transform_logits(logits, temperature=temperature)
     probabilities = scores.double().softmax(-1)
     assert not probabilities.isnan().any() and (scores.amax(-1) < math.inf).all()
-    best = [1, 3, 1]
+    best = [1, 3, 1, 3, 2]
     assert all(probabilities[row, token] > 0.999 for row, token in enumerate(best))
 
 

@@ -96,6 +96,53 @@ def test_a_row_that_keeps_more_than_the_window_is_drawn_from_all():
     assert torch.equal(chosen, expected) and len(set(chosen.tolist())) > 300
 
 
+TRUNCATIONS = {
+    "top_k": {"top_k": 3},
+    "top_p": {"top_p": 0.4},
+    "min_p": {"min_p": 0.3},
+    "top_h": {"top_h": 0.6},
+    "epsilon_cutoff": {"epsilon_cutoff": 1e-3},
+    "eta_cutoff": {"eta_cutoff": 1e-2},
+    "top_n_sigma": {"top_n_sigma": 1.0},
+    "top_a": {"top_a": 0.3},
+    "tfs": {"tfs": 0.9},
+    "p_less": {"p_less": True},
+}
+"""Parts that narrow a window, and values that leave few tokens of most rows and many of some."""
+LEVELS = {
+    "a few, then many equals": [(1, 1.0), (1, 0.5), (100, 0.01), (4000, 3e-5)],
+    "many equals": [(400, 1.0), (4000, 0.1)],
+    "one, then a plateau": [(1, 1.0), (3000, 0.5)],
+    "few": [(2, 1.0), (3, 0.4), (4000, 1e-9)],
+}
+"""Rows of 4,096 as (tokens, weight) from the likeliest down; the rest weighs nothing."""
+
+
+@settings(deadline=None, max_examples=70)
+@given(
+    st.lists(st.sampled_from(sorted(TRUNCATIONS)), min_size=2, max_size=3, unique=True),
+    st.lists(st.sampled_from(sorted(LEVELS)), min_size=1, max_size=3),
+    st.sampled_from([0.7, 1.0]),
+)
+def test_a_truncation_behind_another_knows_what_that_left(names, kinds, temperature):
+    """In any order, also where the first one keeps more than the window holds."""
+    rows = torch.full((len(kinds), 5000), 1e-12)
+    for row, kind in zip(rows, kinds, strict=True):
+        levels = torch.cat([torch.full((count,), weight) for count, weight in LEVELS[kind]])
+        row[: len(levels)] = levels
+    rows = rows[:, :4096].log().repeat(16, 1)
+    order = torch.randperm(4096, generator=torch.Generator().manual_seed(1))
+    parts = [registry.resolve("processor", name) for name in ("temperature", *names)]
+    params = {"temperature": temperature, **{key: value for name in names for key, value in TRUNCATIONS[name].items()}}
+    declared = declared_params()
+    row = {**{name: param.default for name, param in declared.items()}, **params}
+    chain = Chain(parts, Categorical()).bind(Context(None, 4096))
+    batch = make_batch(chain, declared, [row] * len(rows), [[1]] * len(rows), seeds=range(len(rows)))
+    logits = rows[:, order]
+    chosen = chain(logits, batch).tokens
+    assert torch.equal(chosen, Categorical()(chain.scores(logits, batch), batch))
+
+
 @pytest.mark.parametrize("bad, code", [(math.nan, NON_FINITE), (math.inf, NON_FINITE), (-math.inf, EXCLUDED)])
 @settings(deadline=None, max_examples=12)
 @given(ROW, st.booleans(), st.sampled_from([9, 4096]))

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..batch import Batch, Output, Plan
 from ..chain import EXCLUDED, NON_FINITE, OUT_OF_RANGE, part_name
 from ..errors import EmptySupportError, LlamaInferError, NonFiniteLogitsError, PartError
+from ..rows import log_total
 from ..transfer import download
 from ..types import TokenLogprob
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from ..parts import Strategy
     from .engine import Assembly
     from .sequence import LiveSequence
-
-
-_SMALL = 1e-20
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def read(plan: Plan, output: Output, rows_before: int, table: Batch) -> Reading:
     source = source if plan.parents is None else source[plan.parents]
     tokens = plan.tokens[:, 0]
     logits = output.logits
-    totals = _log_total(logits)
+    totals = log_total(logits) if output.totals is None else output.totals
     total = totals[source]
     chosen = logits[source, tokens.clamp(0, logits.shape[1] - 1)]
     columns = [tokens, chosen - total, total, table.branch]
@@ -85,18 +83,6 @@ def read(plan: Plan, output: Output, rows_before: int, table: Batch) -> Reading:
     values, *top = [download(tensor) for tensor in sent]
     arrived = torch.cuda.current_stream(logits.device).record_event() if logits.is_cuda else None
     return Reading(values, (top[0], top[1], top[2]) if top else None, arrived)
-
-
-def _log_total(logits: torch.Tensor) -> torch.Tensor:
-    """``logits.logsumexp(-1)`` of [M, V]. On the CPU in one pass a row, without the one for its largest logit, where a
-    sum that is neither large nor small shows that nothing was lost by that."""
-    if logits.device.type != "cpu" or logits.dtype != torch.float32:
-        return logits.logsumexp(-1)
-    weights = torch.empty(logits.shape[1])  # stays in the processor's cache
-    sums = torch.stack([torch.exp(row, out=weights).sum() for row in logits])
-    if bool(((sums > _SMALL) & (sums < 1 / _SMALL)).all()):
-        return sums.log_()
-    return logits.logsumexp(-1)
 
 
 def check_plan(plan: Plan, batch: Batch, strategy: Strategy, ahead: bool) -> None:

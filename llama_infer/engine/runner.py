@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch, Output
+from ..rows import widened
 from .graphs import DecodeGraphs, can_record
 
 if TYPE_CHECKING:
@@ -23,11 +24,12 @@ class Runner:
         self._graphs = DecodeGraphs(loaded.model, compiled) if can_record(loaded) else None
 
     def forward(self, batch: Batch, cache: Any, layout: Layout) -> Output:
-        """Logits [M, V] of the last token of each ready row, float32 (float64 stays)."""
+        """Of the last token of each ready row."""
         logits = self._graphs.forward(batch, cache, layout) if self._graphs and hasattr(cache, "reserve") else None
         if logits is None:
             logits = self._call(batch, cache, layout)
-        return Output(logits if logits.dtype == torch.float64 else logits.float(), layout.ready)
+        wide, totals = widened(logits)
+        return Output(wide, layout.ready, totals)
 
     def _call(self, batch: Batch, cache: Any, layout: Layout) -> Tensor:
         # A row that has failed and whose failure nobody has read yet has a code where its token would be.

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ParameterError
+from ..history import HISTORY_ONLY
 from ..parameters import ENGINE_PARAMS
 from ..parts import Context, Param
 from ..types import Value
-from .penalties import HISTORY_ONLY, IN_PLACE, largest, last_tokens, numbers
+from .penalties import IN_PLACE, largest, last_tokens, numbers
 from .sequences import WILDCARD, Sequences
 
 if TYPE_CHECKING:
@@ -209,7 +210,10 @@ class _TokenList:
 
 
 class AllowedTokens(_TokenList):
-    """Bans every token but those of ``allowed_token_ids`` (vLLM). Neutral: ``()``, which allows all."""
+    """Bans every token but those of ``allowed_token_ids`` (vLLM).
+
+    Token ids from 0, within the vocabulary. Neutral: ``()``, which allows all.
+    """
 
     name = "allowed_token_ids"
     params = {
@@ -235,7 +239,10 @@ class AllowedTokens(_TokenList):
 
 
 class SuppressTokens(_TokenList):
-    """Bans the tokens of ``suppress_tokens`` (transformers' ``SuppressTokensLogitsProcessor``). Neutral: ``()``."""
+    """Bans the tokens of ``suppress_tokens`` (transformers' ``SuppressTokensLogitsProcessor``).
+
+    Token ids from 0, within the vocabulary. Neutral: ``()``.
+    """
 
     name = "suppress_tokens"
     params = {
@@ -256,8 +263,9 @@ class SuppressTokens(_TokenList):
 
 
 class BeginSuppressTokens(_TokenList):
-    """Bans the tokens of ``begin_suppress_tokens`` as the first of the answer. Neutral: ``()``.
+    """Bans the tokens of ``begin_suppress_tokens`` as the first of the answer.
 
+    Token ids from 0, within the vocabulary. Neutral: ``()``.
     As transformers' ``SuppressTokensAtBeginLogitsProcessor`` where its ``begin_index`` is the prompt's length.
     """
 

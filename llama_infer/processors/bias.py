@@ -74,7 +74,10 @@ class LogitBias:
 
 
 class MinNewTokens:
-    """Bans the end tokens until ``min_new_tokens`` have been generated (transformers' MinNewTokensLength)."""
+    """Bans the end tokens until ``min_new_tokens`` have been generated (transformers' MinNewTokensLength).
+
+    0 <= min_new_tokens; 0 is neutral.
+    """
 
     name = "min_new_tokens"
     params = {

@@ -216,7 +216,7 @@ class TopH:
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> [R, V]."""
-        from ..candidates import likeliest
+        from ..rows import likeliest
         from .moments import drop_below
 
         return drop_below(logits, self._last(likeliest(logits, _TOP_H_WINDOW)[0], batch))

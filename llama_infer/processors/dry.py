@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ParameterError
+from ..history import HISTORY_ONLY
 from ..parts import Context, Param
 from ..types import Value
-from .penalties import HISTORY_ONLY, last_tokens, numbers, within_last
+from .penalties import last_tokens, numbers, within_last
 
 if TYPE_CHECKING:
     import torch

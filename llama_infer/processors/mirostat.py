@@ -81,7 +81,7 @@ def _last_of_zipf(logits: Tensor, bits: Tensor, wanted: Tensor) -> Tensor:
     """Version 1: the smallest logit that stays, [R, 1]."""
     import torch
 
-    from ..candidates import likeliest
+    from ..rows import likeliest
     from .moments import descending, wide
 
     size = logits.shape[1]

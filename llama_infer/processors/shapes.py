@@ -47,7 +47,7 @@ class TypicalP:
         """[R, V] -> [R, V]."""
         import torch
 
-        from ..candidates import likeliest
+        from ..rows import likeliest
         from .moments import drop_above, drop_below, entropy, wide
 
         largest, log_total, nats = entropy(logits)
@@ -143,7 +143,7 @@ class TailFree:
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> [R, V]."""
-        from ..candidates import likeliest
+        from ..rows import likeliest
         from .moments import descending, drop_below
 
         if logits.device.type != "cpu":  # no look at what a window holds: that would wait for the device

@@ -23,7 +23,8 @@ _UNKNOWN: frozenset[Hashable] = frozenset({0.0})
 class Temperature:
     """Divides the logits by ``temperature``: p_i is proportional to exp(logit_i / T).
 
-    Rows with temperature 0 pass unchanged: the sampler takes their likeliest token.
+    0 <= temperature; 1 is neutral. Rows with temperature 0 pass unchanged: the sampler takes their likeliest token.
+    Ackley, Hinton, Sejnowski 1985; transformers' TemperatureLogitsWarper.
     """
 
     name = "temperature"

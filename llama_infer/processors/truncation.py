@@ -17,7 +17,10 @@ TRUNCATION: frozenset[Trait] = frozenset({"pure", "keeps_argmax", "row_independe
 
 
 class TopK:
-    """Keeps the ``top_k`` likeliest tokens, ties with the last of them included; 0 keeps all."""
+    """Keeps the ``top_k`` likeliest tokens, ties with the last of them included; 0 keeps all.
+
+    ``logit >= the k-th largest``, 0 <= top_k. Fan, Lewis, Dauphin 2018, arXiv 1805.04833.
+    """
 
     name = "top_k"
     params = {
@@ -32,7 +35,7 @@ class TopK:
         largest = _largest_k(batch, logits.shape[1])
         if not largest:
             return logits  # every row keeps all
-        from ..candidates import likeliest
+        from ..rows import likeliest
         from .moments import drop_below
 
         return drop_below(logits, self._last(likeliest(logits, largest)[0], batch))
@@ -71,7 +74,7 @@ class TopP:
     """Keeps the smallest set of likeliest tokens whose probabilities sum to ``top_p`` at least; 1 keeps all.
 
     A token stays while the tokens likelier than it sum to less than ``top_p``; the likeliest always stays, and ties
-    with the last one too. Nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751.
+    with the last one too. 0 <= top_p <= 1. Nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751.
     """
 
     name = "top_p"
@@ -121,7 +124,10 @@ class TopP:
 
 
 class MinP:
-    """Keeps the tokens that are at least ``min_p`` times as likely as the likeliest; 0 keeps all. arXiv 2407.01082."""
+    """Keeps the tokens that are at least ``min_p`` times as likely as the likeliest; 0 keeps all.
+
+    ``p >= min_p * p_max``, 0 <= min_p <= 1. Nguyen et al. 2024, arXiv 2407.01082.
+    """
 
     name = "min_p"
     params = {

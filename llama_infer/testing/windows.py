@@ -38,9 +38,13 @@ def check_narrow(trial: Trial, logits: Tensor, batch: Batch, out: Tensor, count:
     trial.fail_rows(
         complete & fits & outside, f"{window}narrow said complete, and the plain call keeps a token outside"
     )
-    full = narrowed.everything().gather(1, ids)
+    everything = narrowed.everything()
+    full = everything.gather(1, ids)
     away = ((values > -torch.inf) & ~torch.isclose(full, values, rtol=1e-5, atol=1e-5)).any(-1)
     trial.fail_rows(away & fits, f"{window}everything() differs from the candidates that narrow kept")
+    removed = ((everything > -torch.inf) & (out == -torch.inf)).scatter(1, ids, False).any(-1)
+    unsaid = fits & ~complete & removed
+    trial.fail_rows(unsaid, f"{window}narrow said fits, not complete, and the plain call removes a token outside")
 
 
 def check_choose(trial: Trial, logits: Tensor, batch: Batch, count: int, plain: Callable[[Tensor], Tensor]) -> None:

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../../exponential.h"
+
 namespace {
 
 struct BFloat16 {
@@ -28,24 +30,6 @@ inline void narrow(float x, BFloat16& to) {  // to the nearest, ties to even
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
     to.bits = std::isnan(x) ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-// e^x for x <= 0, within 2e-7 of it: the compiler makes vectors of it, which it does not of std::exp.
-inline float exponential(float x) {
-    x = x < -87.f ? -87.f : x;  // NaN stays
-    float whole = std::floor(x * 1.44269504f + 0.5f);
-    float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;  // ln 2 in two parts
-    float sum = 1.9875691500e-4f;
-    sum = sum * rest + 1.3981999507e-3f;
-    sum = sum * rest + 8.3334519073e-3f;
-    sum = sum * rest + 4.1665795894e-2f;
-    sum = sum * rest + 1.6666665459e-1f;
-    sum = sum * rest + 5.0000001201e-1f;
-    sum = sum * rest * rest + rest + 1.f;
-    uint32_t bits = uint32_t(int32_t(whole) + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, 4);
-    return sum * power;
 }
 
 #if defined(__has_builtin)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...layout import Layout
-from .build import library
+from ...native import library
 
 _TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _DIMS = (8, 16, 32, 64, 96, 128, 256)
@@ -30,7 +30,7 @@ def kernel(query: Tensor, key: Tensor, value: Tensor) -> Callable[..., None] | N
         return None
     if key.shape != value.shape or key.stride() != value.stride() or key.stride()[2:] != (dim, 1):
         return None
-    kernels = library("attention")
+    kernels = library("models/native/attention")
     return None if kernels is None else getattr(kernels, f"{_TYPES[key.dtype]}_{dim}")
 
 
@@ -95,7 +95,7 @@ def prefill(
 
 @functools.cache
 def _prefill() -> Any:
-    kernels = library("prefill")
+    kernels = library("models/native/prefill")
     if kernels is None:
         return None
     kernels.available.restype = kernels.prefill.restype = ctypes.c_bool

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build import library
+from ...native import library
 
 _ADDRESS, _COUNT = ctypes.c_void_p, ctypes.c_int64
 
@@ -54,7 +54,7 @@ def _taken(*tensors: Tensor) -> bool:
 
 @functools.cache
 def _kernels() -> Any:
-    kernels = library("elementwise")
+    kernels = library("models/native/elementwise")
     if kernels is not None:
         kernels.rms_norm.argtypes = (*[_ADDRESS] * 3, *[_COUNT] * 2, ctypes.c_float)
         kernels.rotate.argtypes = (*[_ADDRESS] * 6, *[_COUNT] * 4)

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...native import library
 from ..mapped import large_pages
-from .build import library
 
 SPAN = 128
 """Inputs that share a scale, of an output's weights and of a token's activations."""
@@ -28,7 +28,7 @@ _TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 def kernel(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
     """The kernel for weights "int8", "int4_32", "int4_64" or "int4_128"; None where there is none."""
-    kernels = library("integer")
+    kernels = library("models/native/integer")
     found = None if kernels is None else getattr(kernels, f"{name}_{_TYPES.get(dtype)}", None)
     if found is not None and found.argtypes is None:
         found.argtypes, found.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3, None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build import library
+from ...native import library
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def kernel(weight: int, shape: tuple[int, int], packing: Packing, bias: Tensor |
 
 @functools.cache
 def _kernels() -> Any:
-    kernels = library("linear")
+    kernels = library("models/native/linear")
     if kernels is not None:
         kernels.linear.argtypes = (*[ctypes.c_void_p] * 3, ctypes.c_int64)
         kernels.linear.restype = ctypes.c_bool

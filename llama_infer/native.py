@@ -1,8 +1,8 @@
 """Compiles our C++ at first use, where the machine has a compiler; without one torch's operators serve.
 
-Each ``.cpp`` beside this file is compiled once on a machine, for its processor, in a second or two, and kept in the
-user's cache folder. Without a compiler or a folder of one's own, or with ``LLAMA_INFER_NATIVE=0``, there are no kernels
-of ours.
+Each ``.cpp`` lies beside the Python that calls it. It is compiled once on a machine, for its processor, in a second or
+two, and kept in the user's cache folder. Without a compiler or a folder of one's own, or with ``LLAMA_INFER_NATIVE=0``,
+there are no kernels of ours.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _COMPILE += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-
 
 @functools.cache
 def library(name: str) -> Any:
-    """The compiled kernels of ``name``.cpp; None where they cannot be had."""
+    """The compiled kernels of ``name``.cpp in this package ("models/native/linear"); None where they cannot be had."""
     if os.environ.get("LLAMA_INFER_NATIVE") == "0" or os.name != "posix":
         return None
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     folder = _folder()
     if compiler is None or folder is None:
         return None
-    source = Path(__file__).with_name(f"{name}.cpp")
-    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    source = Path(__file__).parent / f"{name}.cpp"
+    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(Path(__file__).parent.rglob("*.h")))]
     key = "\0".join([*texts, *_COMPILE, compiler, torch.__version__, _processor()])
-    built = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
+    built = folder / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     try:
         if not built.exists():
             _build(compiler, source, built)
