@@ -6,17 +6,17 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LlamaInferError, LoadingError, UnsupportedError
 from ..parts import Source
 from ..registry import resolve
 from .adapters import Adapter, apply_adapter
-from .checks import Checkpoint
+from .checks import COMPRESSED, Checkpoint
 from .gguf import gguf_options, is_gguf, quiet_bar
+from .gptq import METHODS, reader, zero_biases
 from .parallel import split
-from .quantization import UNPACKED, need_reader, only_errors, plain_layouts, prepare_bitsandbytes
+from .quantization import need_reader, only_errors, plain_layouts, prepare_bitsandbytes
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ def load_model(
                 f"quantization={source.quantization!r} does not read GGUF: llama-infer convert makes safetensors of it"
             )
         options.update(gguf_options(checkpoint.folder))
-    model = _from_pretrained(checkpoint.folder, options, bool(source.trust_remote_code))
+    model = _from_pretrained(checkpoint, options, bool(source.trust_remote_code))
     if checkpoint.quantization == "bitsandbytes":
         plain_layouts(model)
     if adapter is not None:
@@ -89,7 +89,8 @@ def _policy(source: Source, checkpoint: Checkpoint, dtype: torch.dtype | str, de
     if source.quantization is None:
         from .packed import Packed, refusal
 
-        whole = source.device_map is None and source.tp_plan is None and checkpoint.quantization in (None, UNPACKED)
+        ordinary = checkpoint.unpacked or not checkpoint.quantization
+        whole = ordinary and source.device_map is None and source.tp_plan is None
         return Packed() if whole and refusal(device, dtype) is None else None
     policy = resolve("quantization", source.quantization)
     if hasattr(policy, "check"):
@@ -97,8 +98,8 @@ def _policy(source: Source, checkpoint: Checkpoint, dtype: torch.dtype | str, de
     return policy
 
 
-def _from_pretrained(folder: Path, options: dict[str, Any], trust: bool) -> PreTrainedModel:
-    config = None
+def _from_pretrained(checkpoint: Checkpoint, options: dict[str, Any], trust: bool) -> PreTrainedModel:
+    config, folder = None, checkpoint.folder
     place, bar = (folder.parent, quiet_bar()) if is_gguf(folder) else (folder, contextlib.nullcontext())
     known = {name: options[name] for name in options if name == "gguf_file"}
     try:
@@ -108,9 +109,7 @@ def _from_pretrained(folder: Path, options: dict[str, Any], trust: bool) -> PreT
             load: Any = AutoModelForCausalLM.from_pretrained
             # The config apart, because a kernel that config.json names would else win over the one asked for.
             config = AutoConfig.from_pretrained(place, trust_remote_code=trust, local_files_only=True, **known)
-            quantised = getattr(config, "quantization_config", None)
-            if isinstance(quantised, dict) and quantised.get("quant_method") == UNPACKED:
-                quantised["dequantize"] = True
+            _unpacked(config)
             model, report = load(
                 place,
                 config=config,
@@ -125,6 +124,8 @@ def _from_pretrained(folder: Path, options: dict[str, Any], trust: bool) -> PreT
         raise
     except Exception as error:
         raise LoadingError(f"{folder} cannot be loaded: {_unknown_rope(error, config) or first_line(error)}") from error
+    if checkpoint.quantization in METHODS:
+        report["unexpected_keys"] = set(report["unexpected_keys"]) - zero_biases(checkpoint.weights)
     problems = [
         f"{len(report[kind])} {words} ({', '.join(sorted(_key(key) for key in report[kind])[:3])})"
         for kind, words in (
@@ -138,6 +139,19 @@ def _from_pretrained(folder: Path, options: dict[str, Any], trust: bool) -> PreT
         del model  # the traceback must not keep it alive
         raise LoadingError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems)}")
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _unpacked(config: Any) -> None:
+    """Has transformers unpack quantised weights while it reads them; left to itself it would do so in the first
+    forward, or ask for further packages."""
+    described = getattr(config, "quantization_config", None)
+    if not isinstance(described, dict):
+        return
+    method = described.get("quant_method")
+    if method == COMPRESSED:
+        described["dequantize"] = True
+    elif method in METHODS:
+        config.quantization_config = {"quant_method": reader(), "described": described}
 
 
 def _unknown_rope(error: Exception, config: Any) -> str | None:
