@@ -63,18 +63,24 @@ def unpack(held: Mapping[str, Tensor], described: Mapping[str, Any], dtype: Any)
     if gptq and _format(described) == "gptq":
         zeros = (zeros + 1) & ((1 << bits) - 1)
     inputs = words.shape[1] * 32 // bits if gptq else words.shape[1]
-    group = held.get("g_idx", torch.arange(inputs, device=words.device) // (inputs // scales.shape[1])).long()
+    groups = scales.shape[1]
+    in_order = torch.arange(inputs, device=words.device) // -(-inputs // groups)
+    group = held.get("g_idx", in_order).long()
+    if not inputs % groups and torch.equal(group, in_order):  # the usual case, in which nothing has to be gathered
+        group = torch.arange(groups, device=words.device)
     weight = torch.empty(len(scales), inputs, dtype=dtype, device=words.device)
     step = max(1, _BLOCK // inputs // 8) * 8
     for first in range(0, len(weight), step):
         rows = slice(first, first + step)
         some = _stream(words[rows], bits) if gptq else _interleaved(words[first // 8 : (first + step) // 8])
-        weight[rows] = (some.float() - zeros[rows].float()[:, group]) * scales[rows][:, group]
+        whole = some.float().unflatten(1, (len(group), -1))
+        whole.sub_(zeros[rows, group].float().unsqueeze(2)).mul_(scales[rows, group].unsqueeze(2))
+        weight[rows] = whole.flatten(1)
     return weight
 
 
 def zero_biases(files: Iterable[Path]) -> set[str]:
-    """Names of biases that are all zero: early versions of AutoGPTQ wrote one for every layer, whatever the model has."""
+    """Names of biases that are all zero: early versions of AutoGPTQ wrote one for every layer of any model."""
     from safetensors import safe_open
 
     found = set()
@@ -175,5 +181,5 @@ def _interleaved(words: Tensor) -> Tensor:
     """int32 [n / 8, m] -> uint8 [n, m]."""
     import torch
 
-    shifts = torch.tensor(_PLACES, device=words.device).mul_(4).view(8, 1)
+    shifts = torch.tensor(_PLACES, dtype=torch.int32, device=words.device).mul_(4).view(8, 1)
     return ((words.unsqueeze(1) >> shifts) & 15).to(torch.uint8).flatten(0, 1)
