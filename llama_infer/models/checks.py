@@ -230,9 +230,11 @@ def _numbers(checkpoint: Checkpoint, shapes: Mapping[str, list[int]]) -> int | N
         return gptq.check_packed(checkpoint.folder, described, shapes)
     if checkpoint.quantization != COMPRESSED:
         return None
-    bits = json.dumps(described).partition('"num_bits": ')[2][:1]  # eight or more numbers to an int32
-    each = {name: 32 // int(bits) if name.endswith("weight_packed") and bits in "248" else 1 for name in shapes}
-    return sum(math.prod(shape) * each[name] for name, shape in shapes.items())
+    groups = [group for group in dict(described.get("config_groups") or {}).values() if isinstance(group, Mapping)]
+    bits = [dict(group.get("weights") or {}).get("num_bits") for group in groups]
+    packed = 32 // bits[0] if bits and bits[0] in (2, 4, 8) else 1  # numbers to an int32
+    each = {".weight": 1, ".bias": 1, ".weight_packed": packed}  # and scales and zeros, which do not stay
+    return sum(math.prod(shape) * each.get(name[name.rfind(".") :], 0) for name, shape in shapes.items())
 
 
 def names_of_pickles(folder: Path) -> list[str]:
