@@ -223,18 +223,22 @@ def _no_weights(folder: Path) -> LoadingError:
 
 
 def _numbers(checkpoint: Checkpoint, shapes: Mapping[str, list[int]]) -> int | None:
-    described = checkpoint.config.get("quantization_config")
-    if not described:
+    if checkpoint.quantization is None:
         return sum(map(math.prod, shapes.values()))
+    described = checkpoint.config["quantization_config"]
     if checkpoint.quantization in gptq.METHODS:
         return gptq.check_packed(checkpoint.folder, described, shapes)
     if checkpoint.quantization != COMPRESSED:
         return None
-    groups = [group for group in dict(described.get("config_groups") or {}).values() if isinstance(group, Mapping)]
-    bits = [dict(group.get("weights") or {}).get("num_bits") for group in groups]
+    groups = _mapping(described.get("config_groups")).values()
+    bits = [_mapping(_mapping(group).get("weights")).get("num_bits") for group in groups]
     packed = 32 // bits[0] if bits and bits[0] in (2, 4, 8) else 1  # numbers to an int32
     each = {".weight": 1, ".bias": 1, ".weight_packed": packed}  # and scales and zeros, which do not stay
     return sum(math.prod(shape) * each.get(name[name.rfind(".") :], 0) for name, shape in shapes.items())
+
+
+def _mapping(found: Any) -> Mapping[str, Any]:
+    return found if isinstance(found, Mapping) else {}
 
 
 def names_of_pickles(folder: Path) -> list[str]:
