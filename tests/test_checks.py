@@ -134,6 +134,12 @@ def test_config_of_no_model(folder):
     assert "model_type" in refusal(folder)
 
 
+@pytest.mark.parametrize("described", ["gptq", ["gptq"]])
+def test_a_quantization_that_is_no_object(folder, described):
+    edit_json(folder / "config.json", quantization_config=described)
+    assert "'quantization_config' is no JSON object" in refusal(folder)
+
+
 def test_truncated_weights(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])

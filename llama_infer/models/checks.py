@@ -104,6 +104,8 @@ def check_config(folder: Path, trust_remote_code: bool = False) -> dict[str, Any
         raise LoadingError(f"{folder} holds an adapter (adapter_config.json): merge it into the model, or move it away")
     _refuse_remote_code(folder / CONFIG, config, trust_remote_code)
     check_tokenizer_config(folder, trust_remote_code)
+    if not isinstance(config.get("quantization_config") or {}, Mapping):
+        raise LoadingError(f"{folder / CONFIG}: 'quantization_config' is no JSON object: download it again")
     if not config.get("model_type") and not config.get("auto_map"):
         raise LoadingError(f"{folder / CONFIG} has no 'model_type': it does not describe a transformers model")
     return config
