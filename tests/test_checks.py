@@ -240,10 +240,10 @@ def test_refusals_need_no_torch(folder, tmp_path):
     pickled = Path(shutil.copytree(folder, tmp_path / "pickled"))
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     code = (
-        "import sys\nfrom llama_infer.models.loaders import AutoLoader\nfrom llama_infer.parts import Source\n"
+        "import sys\nfrom llama_infer import Pipeline\n"
         "from llama_infer.errors import UnsafeCheckpointError\n"
         "for folder in sys.argv[1:]:\n"
-        "    try:\n        AutoLoader()(Source(folder))\n"
+        "    try:\n        Pipeline(folder)\n"
         "    except UnsafeCheckpointError as error:\n        print(error)\n"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from llama_infer import Pipeline
 from llama_infer.errors import LoadingError, UnsupportedError
 from llama_infer.models.checks import check_checkpoint
+from llama_infer.models.convert import convert
 from llama_infer.models.gptq import unpack
 from llama_infer.models.packed import refusal
 
@@ -160,6 +161,17 @@ def test_unpacked_layers_are_packed_and_not_quantised_again(tmp_path):
     assert type(pipe.loaded.model.model.layers[0].mlp.up_proj).__name__ == ("PackedLinear" if here else "Linear")
     with pytest.raises(UnsupportedError, match=r"already quantised \(gptq\)"):
         Pipeline(str(tmp_path), device="cpu", quantization="int8")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_converted_to_an_ordinary_checkpoint(tmp_path, method):
+    write_checkpoint(tmp_path / "a", hidden_size=128, dtype="float16")
+    exact = quantise(tmp_path / "a", method)
+    convert(tmp_path / "a", tmp_path / "b")
+    held = load_file(tmp_path / "b" / "model.safetensors")
+    assert all(torch.equal(held[name], weight.float().bfloat16()) for name, weight in exact.items())
+    assert len(held) == 21 and check_checkpoint(tmp_path / "b").quantization is None
+    Pipeline(str(tmp_path / "b"), device="cpu", quantization="int8")
 
 
 @pytest.mark.parametrize("size", [0, 1])

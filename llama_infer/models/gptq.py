@@ -106,8 +106,16 @@ def reader() -> str:
         def __init__(self, described: Mapping[str, Any], **_: Any) -> None:
             self.quant_method, self.described, self.dequantize = _READER, described, True
 
+    class Keep(loading.ConversionOps):  # type: ignore[misc]
+        """What saving does: weights stay unpacked."""
+
+        def convert(self, input_dict: Mapping[str, Any], **_: Any) -> Any:
+            return input_dict
+
     class Unpack(loading.ConversionOps):  # type: ignore[misc]
         """One parameter out of what the checkpoint holds of it."""
+
+        reverse_op = Keep()
 
         def __init__(self, hf_quantizer: Any) -> None:
             self.hf_quantizer = hf_quantizer

@@ -16,7 +16,7 @@ from .checks import COMPRESSED, Checkpoint
 from .gguf import gguf_options, is_gguf, quiet_bar
 from .gptq import METHODS, reader, zero_biases
 from .parallel import split
-from .quantization import need_reader, only_errors, plain_layouts, prepare_bitsandbytes
+from .quantization import only_errors, plain_layouts, prepare_bitsandbytes
 
 if TYPE_CHECKING:
     import torch
@@ -26,21 +26,18 @@ if TYPE_CHECKING:
 def load_model(
     source: Source,
     checkpoint: Checkpoint,
+    policy: Any,
     dtype: torch.dtype | str,
     attention: str | None,
     device: torch.device,
     adapter: Adapter | None = None,
 ) -> PreTrainedModel:
-    """The model of a checkpoint that passed its checks, in eval mode, with its adapter, after its policy (else the
-    automatic one)."""
+    """The model of a checkpoint that passed its checks, in eval mode, with its adapter, after its policy."""
     if checkpoint.quantization == "llama_infer":
         from .saved import load_saved  # which imports torch; what is refused needs none
 
         _refuse_for_saved(source, adapter)
         return load_saved(checkpoint, dtype, attention, device)
-    if checkpoint.quantization:
-        need_reader(checkpoint.quantization)
-    policy = _policy(source, checkpoint, dtype, device)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     if source.tp_plan is not None:
         options["distributed_config"] = split(source)
@@ -84,8 +81,11 @@ def _refuse_for_saved(source: Source, adapter: Adapter | None) -> None:
         raise UnsupportedError(f"{source.model} is quantised for the CPU: leave {given} out")
 
 
-def _policy(source: Source, checkpoint: Checkpoint, dtype: torch.dtype | str, device: torch.device) -> Any:
-    """The policy that was asked for; by default packed layers, where the processor has them."""
+def pick_policy(source: Source, checkpoint: Checkpoint, dtype: torch.dtype | str, device: torch.device) -> Any:
+    """The policy that was asked for; by default packed layers, where the processor has them.
+
+    Raises UnsupportedError, MissingDependencyError or ParameterError for one that cannot be had here.
+    """
     if source.quantization is None:
         from .packed import Packed, refusal
 
