@@ -189,7 +189,7 @@ def _locate(
 def _locate_adapter(source: Source, checkpoint: Checkpoint) -> Adapter | None:
     if source.adapter is None:
         return None
-    if source.merge_adapter and checkpoint.quantization:
+    if source.merge_adapter and checkpoint.quantization and not checkpoint.unpacked:
         raise UnsupportedError(
             f"{checkpoint.folder} is quantised ({checkpoint.quantization}), nothing can be merged into its weights: "
             "merge_adapter=False keeps the adapter beside them"

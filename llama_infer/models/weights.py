@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LlamaInferError, LoadingError, UnsupportedError
+from ..errors import LlamaInferError, LoadingError, ParameterError, UnsupportedError, suggest
 from ..parts import Source
 from ..registry import resolve
 from .adapters import Adapter, apply_adapter
@@ -62,6 +62,7 @@ def load_model(
             )
         options.update(gguf_options(checkpoint.folder))
     model = _from_pretrained(checkpoint, options, bool(source.trust_remote_code))
+    _check_places(model, source.device_map)
     if checkpoint.quantization == "bitsandbytes":
         plain_layouts(model)
     if adapter is not None:
@@ -69,6 +70,14 @@ def load_model(
     if hasattr(policy, "convert"):
         model = policy.convert(model)
     return model
+
+
+def _check_places(model: PreTrainedModel, places: Any) -> None:
+    """transformers passes over names in a device map that no module has."""
+    names = [name for name, _ in model.named_modules()] if isinstance(places, Mapping) else []
+    for place in names and places:
+        if place not in names:
+            raise ParameterError(f"device_map: the model has no module {place!r}{suggest(place, names)}")
 
 
 def _refuse_for_saved(source: Source, adapter: Adapter | None) -> None:
