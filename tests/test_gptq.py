@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def quantise(folder: Path, method: str, bits: int = 4, group: int = 32, **descri
     """Rounds a checkpoint's layers where it is, but for its head; what they stand for, by name, in float64."""
     held = load_file(folder / "model.safetensors")
     exact = {}
-    for name in [name for name in held if "proj.weight" in name]:
+    for name in [name for name in held if name.endswith(("proj.weight", "w1.weight", "w2.weight", "w3.weight"))]:
         weight = held.pop(name).float()
         groups = weight.unflatten(1, (-1, group))
         scales = ((groups.amax(-1) - groups.amin(-1)) / ((1 << bits) - 1)).half()
@@ -151,6 +152,29 @@ def test_weights_and_tokens_are_those_of_the_definition(tmp_path, method, descri
     assert answer.token_ids == greedy(oracle, prompt, 8, eos_token_id=[257, 260])
     assert check_checkpoint(tmp_path / "quantised").numbers == sum(p.numel() for p in oracle.parameters())
     assert not hasattr(pipe.loaded.model.config, "quantization_config")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_experts_that_become_one_parameter(tmp_path, method):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=64, num_hidden_layers=2, num_local_experts=3, dtype="float16", **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        MixtralForCausalLM(config).save_pretrained(tmp_path / "packed")
+    shutil.copytree(tmp_path / "packed", tmp_path / "whole")
+    exact = quantise(tmp_path / "packed", method)
+    assert len(exact) == 2 * (4 + 3 * 3)
+    held = load_file(tmp_path / "whole" / "model.safetensors")
+    held.update({name: weight.float() for name, weight in exact.items()})
+    save_file(held, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.tensor([[1, 2, 3, 4]])
+    found, expected = (
+        Pipeline(str(tmp_path / name), device="cpu", dtype="float32").loaded.model(ids).logits
+        for name in ("packed", "whole")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_unpacked_layers_are_packed_and_not_quantised_again(tmp_path):

@@ -14,9 +14,10 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import LoadingError, UnsupportedError
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METHODS = ("gptq", "awq")
+PACKED = ("qweight", "qzeros", "scales", "g_idx")
 _FORMATS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
 _BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
 _READER = "llama_infer_integers"
@@ -48,7 +50,7 @@ def check_packed(folder: Path, described: Mapping[str, Any], shapes: Mapping[str
         known = ", ".join(map(str, _BITS[method]))
         raise UnsupportedError(f"{folder} is quantised by {method} in {bits!r} bits; known: {known}")
     numbers = sum(math.prod(shape) for name, shape in shapes.items() if name.endswith((".weight", ".bias")))
-    layers = {name.rpartition(".")[0] for name in shapes if name.endswith((".qweight", ".qzeros", ".scales"))}
+    layers = {name.rpartition(".")[0] for name in shapes if name.rpartition(".")[2] in PACKED[:3]}
     return numbers + sum(_size(described, layer, shapes) for layer in layers)
 
 
@@ -113,7 +115,7 @@ def reader() -> str:
             return input_dict
 
     class Unpack(loading.ConversionOps):  # type: ignore[misc]
-        """One parameter out of what the checkpoint holds of it."""
+        """One parameter out of what the checkpoint holds of it; of many layers where experts become one parameter."""
 
         reverse_op = Keep()
 
@@ -121,22 +123,35 @@ def reader() -> str:
             self.hf_quantizer = hf_quantizer
 
         def convert(self, input_dict: Mapping[str, Any], *, full_layer_name: str, model: Any, **_: Any) -> Any:
-            held = {name: found[0] if isinstance(found, list) else found for name, found in input_dict.items()}
-            dtype = model.get_parameter(full_layer_name).dtype
-            whole = held["weight"].to(dtype) if "weight" in held else None
-            described = self.hf_quantizer.quantization_config.described
-            return {full_layer_name: unpack(held, described, dtype) if whole is None else whole}
+            dtype, described = (
+                model.get_parameter(full_layer_name).dtype,
+                self.hf_quantizer.quantization_config.described,
+            )
+            layers: dict[str, dict[str, list[Tensor]]] = defaultdict(dict)
+            for name, found in input_dict.items():
+                layer, dot, kind = name.rpartition(".")
+                layers[layer + dot][kind] = found if isinstance(found, list) else [found]
+            whole = {}
+            for layer, held in layers.items():
+                each = [dict(zip(held, tensors, strict=True)) for tensors in zip(*held.values(), strict=True)]
+                whole[f"{layer}weight"] = [
+                    one["weight"].to(dtype) if "weight" in one else unpack(one, described, dtype) for one in each
+                ]
+            return {full_layer_name: whole["weight"][0]} if "weight" in whole else whole
 
     @auto.register_quantizer(_READER)
     class Quantizer(base):  # type: ignore[misc]
         requires_calibration, is_trainable = True, False
+        serialized_names: ClassVar = {"weight": ["weight", *PACKED]}
 
         def is_serializable(self) -> bool:
             return False
 
         def get_weight_conversions(self) -> list[Any]:
-            names = ["weight", "qweight", "qzeros", "scales", "g_idx"]
-            return [loading.WeightConverter(names, "weight", [Unpack(self)])]
+            return [loading.WeightConverter(["weight", *PACKED], "weight", [Unpack(self)])]
+
+        def get_load_operations(self) -> dict[str, Any]:
+            return {"dequantize": Unpack}
 
     return _READER
 
