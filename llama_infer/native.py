@@ -24,15 +24,16 @@ import torch
 
 logger = logging.getLogger("llama_infer")
 
-# Sums may be reordered, which makes vectors of them; NaN and infinity keep their meaning. OpenMP is torch's: a second
-# one would compete with it, so none is linked.
-_COMPILE = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC"]
-_COMPILE += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
+# NaN and infinity keep their meaning. OpenMP is torch's: a second one would compete with it, so none is linked.
+_COMPILE = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-trapping-math", "-fno-math-errno"]
+_FAST = [*_COMPILE, "-fassociative-math", "-fno-signed-zeros"]  # sums may be reordered, which makes vectors of them
+_EXACT = [*_COMPILE, "-ffp-contract=off"]
 
 
 @functools.cache
-def library(name: str) -> Any:
-    """The compiled kernels of ``name``.cpp in this package ("models/native/linear"); None where they cannot be had."""
+def library(name: str, exact: bool = False) -> Any:
+    """The compiled kernels of ``name``.cpp in this package ("models/native/linear"); None where they cannot be had.
+    ``exact``: every operation as it is written, for what has to equal torch's to the last bit."""
     if os.environ.get("LLAMA_INFER_NATIVE") == "0" or os.name != "posix":
         return None
     compiler = shutil.which(os.environ.get("CXX", "c++"))
@@ -41,22 +42,23 @@ def library(name: str) -> Any:
         return None
     source = Path(__file__).parent / f"{name}.cpp"
     texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(Path(__file__).parent.rglob("*.h")))]
-    key = "\0".join([*texts, *_COMPILE, compiler, torch.__version__, _processor()])
+    flags = _EXACT if exact else _FAST
+    key = "\0".join([*texts, *flags, compiler, torch.__version__, _processor()])
     built = folder / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     try:
         if not built.exists():
-            _build(compiler, source, built)
+            _build([compiler, *flags], source, built)
         return ctypes.CDLL(str(built))
     except (OSError, subprocess.SubprocessError) as error:
         logger.info("no %s kernels of our own, torch's operators serve: %s", name, error)
         return None
 
 
-def _build(compiler: str, source: Path, built: Path) -> None:
+def _build(command: list[str], source: Path, built: Path) -> None:
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         compiled, linked = f"{folder}/{source.stem}.o", f"{folder}/{source.stem}.so"
-        for command in ([*_COMPILE, "-c", str(source), "-o", compiled], ["-shared", compiled, "-o", linked]):
-            subprocess.run([compiler, *command], check=True, capture_output=True, timeout=60)
+        for step in ([*command, "-c", str(source), "-o", compiled], [command[0], "-shared", compiled, "-o", linked]):
+            subprocess.run(step, check=True, capture_output=True, timeout=60)
         os.replace(linked, built)
 
 

@@ -12,7 +12,7 @@ from . import registry
 from .calls import is_one_prompt, merge, per_prompt, serve
 from .errors import ParameterError, PromptError, UnknownParameterError, UnsupportedError, release, suggest
 from .parameters import Setting, declare, from_checkpoint, resolve, validate
-from .parts import Context, LoadedModel, Param
+from .parts import Context, LoadedModel, Param, Source
 from .types import Chunk, Completion, Event, PromptLike, Request, Value, as_prompt
 
 if TYPE_CHECKING:
@@ -153,15 +153,16 @@ class Pipeline:
             raise
 
     def _build(self) -> None:
-        from . import assembly
-
         if self.batch_size is not None and self.batch_size < 1:
             raise ParameterError(f"batch_size={self.batch_size!r} is out of range: batch_size >= 1")
         if not isinstance(self.prefix_cache, int) or self.prefix_cache < 0:
             raise ParameterError(f"prefix_cache={self.prefix_cache!r} is out of range: a number of tokens, 0 for none")
+        _examine(self)
         parts = _resolve_parts(self)
         declared = declare([*parts.processors, parts.sampler, *parts.stopping, parts.strategy])
         own = validate(declared, self.params)
+        from . import assembly
+
         shared = assembly.load(self)
         layers = (("pipeline", own), ("checkpoint", from_checkpoint(shared.loaded.generation, declared)))
         defaults = {name: setting.value for name, setting in resolve(declared, *layers).items()}
@@ -367,6 +368,15 @@ def transform_logits(
 def built_backend(pipeline: Pipeline) -> Any:
     """The pipeline's backend as an object."""
     return registry.resolve("backend", pipeline.backend)
+
+
+def _examine(pipeline: Pipeline) -> None:
+    """A folder that will not be loaded is refused before torch is, which takes a second."""
+    if pipeline.loader == "auto" and isinstance(pipeline.model, (str, os.PathLike)) and os.path.isdir(pipeline.model):
+        from .models.loaders import examine
+
+        given = {name: getattr(pipeline, name) for name in ("revision", "quantization", "trust_remote_code")}
+        examine(Source(os.fspath(pipeline.model), **given))
 
 
 def _resolve_parts(pipeline: Pipeline) -> _Parts:

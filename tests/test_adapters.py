@@ -14,6 +14,8 @@ import pytest
 import torch
 from checkpoints import edit_header, edit_json, write_checkpoint
 from oracles import greedy
+from safetensors.torch import load_file, save_file
+from test_gptq import quantise
 
 from llama_infer import Pipeline
 from llama_infer.cli import main
@@ -63,6 +65,16 @@ def adapter(tmp_path):
 
 def load(base: Path, **options: Any) -> Pipeline:
     return Pipeline(str(base), dtype="float32", formatter="plain", **options)
+
+
+def test_merged_into_what_was_unpacked(tmp_path, adapter):
+    """GPTQ's weights are ordinary ones once they are read."""
+    packed, whole = (write_checkpoint(tmp_path / name) for name in ("packed", "whole"))
+    exact = quantise(packed, "gptq")
+    save_file({**load_file(whole / "model.safetensors"), **{n: w.float() for n, w in exact.items()}},
+              whole / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    found, expected = (load(base, adapter=str(adapter)).loaded.model for base in (packed, whole))
+    torch.testing.assert_close(logits(found), logits(expected), rtol=1e-4, atol=1e-5)
 
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -134,6 +134,12 @@ def test_config_of_no_model(folder):
     assert "model_type" in refusal(folder)
 
 
+@pytest.mark.parametrize("described", ["gptq", ["gptq"]])
+def test_a_quantization_that_is_no_object(folder, described):
+    edit_json(folder / "config.json", quantization_config=described)
+    assert "'quantization_config' is no JSON object" in refusal(folder)
+
+
 def test_truncated_weights(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -234,10 +240,10 @@ def test_refusals_need_no_torch(folder, tmp_path):
     pickled = Path(shutil.copytree(folder, tmp_path / "pickled"))
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     code = (
-        "import sys\nfrom llama_infer.models.loaders import AutoLoader\nfrom llama_infer.parts import Source\n"
+        "import sys\nfrom llama_infer import Pipeline\n"
         "from llama_infer.errors import UnsafeCheckpointError\n"
         "for folder in sys.argv[1:]:\n"
-        "    try:\n        AutoLoader()(Source(folder))\n"
+        "    try:\n        Pipeline(folder)\n"
         "    except UnsafeCheckpointError as error:\n        print(error)\n"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )

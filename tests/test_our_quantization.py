@@ -62,7 +62,7 @@ def test_a_layer_computes_with_the_weights_it_stands_for(form, rows):
 
 
 @pytest.mark.parametrize(
-    ("form", "limit"), [(Int8(), 0.01), (Int8(activations=False), 0.009), (Int4(32), 0.08), (Int4(128), 0.1)]
+    ("form", "limit"), [(Int8(), 0.01), (Int8(activations=False), 0.009), (Int4(32), 0.078), (Int4(128), 0.095)]
 )
 def test_error_on_random_layers(form, limit):
     """Normal weights, the hardest of the usual, and nn.Linear's own (uniform)."""
@@ -96,7 +96,7 @@ def test_rows_of_zeros_and_what_is_not_finite(form):
 def test_quantising_what_was_quantised_changes_nothing_in_8_bits_and_little_in_4(form):
     once = form.dequantise(form.quantise(random(64, 256)))
     again = form.dequantise(form.quantise(once))
-    assert torch.allclose(again, once, rtol=1e-6) if isinstance(form, Int8) else relative(again, once) < 0.05
+    assert torch.allclose(again, once, rtol=1e-6) if isinstance(form, Int8) else relative(again, once) < 0.01
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

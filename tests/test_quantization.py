@@ -91,18 +91,15 @@ def test_missing_bitsandbytes_names_the_pip_line(monkeypatch, policy):
         policy().options(Source("demo"))
 
 
-@pytest.mark.parametrize(
-    ("method", "packages"),
-    [("gptq", "optimum gptqmodel"), ("awq", "gptqmodel"), ("compressed-tensors", "compressed-tensors")],
-)
-def test_a_quantised_checkpoint_names_what_reads_it(tmp_path, monkeypatch, method, packages):
+@pytest.mark.parametrize("method", ["torchao", "compressed-tensors"])
+def test_a_quantised_checkpoint_names_what_reads_it(tmp_path, monkeypatch, method):
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name[:4] in ("gptq", "opti", "comp") else found(name)
+        importlib.util, "find_spec", lambda name: None if name in ("torchao", "compressed_tensors") else found(name)
     )
     write_checkpoint(tmp_path)
-    edit_json(tmp_path / "config.json", quantization_config={"quant_method": method, "bits": 4})
-    with pytest.raises(MissingDependencyError, match=f"{method} needs: pip install {packages}$"):
+    edit_json(tmp_path / "config.json", quantization_config={"quant_method": method})
+    with pytest.raises(MissingDependencyError, match=f"{method} needs: pip install {method}$"):
         logits(tmp_path, None)
 
 

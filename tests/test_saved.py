@@ -65,6 +65,12 @@ def test_what_is_not_quantised_is_not_saved_so(tmp_path):
     assert not any((tmp_path / "b").iterdir())
 
 
+@pytest.mark.parametrize("policy", ["packed", "none", "bnb-nf4"])
+def test_policies_that_are_not_saved_are_refused_before_anything_is_read(tmp_path, policy):
+    with pytest.raises(UnsupportedError, match=f"'{policy}' is not one that is saved; int8 and int4 are"):
+        convert(tmp_path / "nowhere", tmp_path / "b", quantization=policy)
+
+
 @pytest.fixture
 def folder(tmp_path):
     write_checkpoint(tmp_path / "a", hidden_size=128, dtype="bfloat16")

@@ -10,11 +10,12 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..errors import LoadingError, UnsafeCheckpointError
+from . import gptq
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -26,6 +27,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 _DISTRIBUTED = re.compile(r"^shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
 _IMPLEMENTATION = re.compile(r"(attn|experts)_implementation(_internal)?$")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+COMPRESSED = "compressed-tensors"
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
@@ -39,7 +41,7 @@ class Checkpoint:
         weights: the safetensors files that will be read.
         dtype: of its weights ("bfloat16", "float16", "float32", "float64"), or None when it is another.
         embedding_rows: how many token ids the model has an embedding for, or None when that is not known.
-        numbers: how many weights there are; None when they are packed several to a number.
+        numbers: how many weights there are in memory; None when they stay packed several to a number.
     """
 
     folder: Path
@@ -54,6 +56,11 @@ class Checkpoint:
         """The method that the checkpoint was quantised with before it was saved."""
         found = self.config.get("quantization_config")
         return str(found.get("quant_method", "unknown")) if isinstance(found, Mapping) else None
+
+    @property
+    def unpacked(self) -> bool:
+        """Whether quantised weights become ordinary ones as they are read."""
+        return self.quantization in (COMPRESSED, *gptq.METHODS)
 
 
 def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> Checkpoint:
@@ -76,8 +83,8 @@ def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> Checkpoin
         dtypes += [dtype for dtype, _ in held.values()]
     rows = _embedding_rows(folder, config, shapes)
     common = max(set(dtypes), key=dtypes.count) if dtypes else ""
-    numbers = None if config.get("quantization_config") else sum(map(math.prod, shapes.values()))
-    return Checkpoint(folder, config, tuple(weights), _DTYPES.get(common), rows, numbers)
+    checkpoint = Checkpoint(folder, config, tuple(weights), _DTYPES.get(common), rows)
+    return replace(checkpoint, numbers=_numbers(checkpoint, shapes))
 
 
 def check_config(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -97,6 +104,8 @@ def check_config(folder: Path, trust_remote_code: bool = False) -> dict[str, Any
         raise LoadingError(f"{folder} holds an adapter (adapter_config.json): merge it into the model, or move it away")
     _refuse_remote_code(folder / CONFIG, config, trust_remote_code)
     check_tokenizer_config(folder, trust_remote_code)
+    if not isinstance(config.get("quantization_config") or {}, Mapping):
+        raise LoadingError(f"{folder / CONFIG}: 'quantization_config' is no JSON object: download it again")
     if not config.get("model_type") and not config.get("auto_map"):
         raise LoadingError(f"{folder / CONFIG} has no 'model_type': it does not describe a transformers model")
     return config
@@ -213,6 +222,25 @@ def _no_weights(folder: Path) -> LoadingError:
             f"loaded: get the checkpoint as safetensors ({WEIGHTS})"
         )
     return LoadingError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX} is there (pickles never count)")
+
+
+def _numbers(checkpoint: Checkpoint, shapes: Mapping[str, list[int]]) -> int | None:
+    if checkpoint.quantization is None:
+        return sum(map(math.prod, shapes.values()))
+    described = checkpoint.config["quantization_config"]
+    if checkpoint.quantization in gptq.METHODS:
+        return gptq.check_packed(checkpoint.folder, described, shapes)
+    if checkpoint.quantization != COMPRESSED:
+        return None
+    groups = _mapping(described.get("config_groups")).values()
+    bits = [_mapping(_mapping(group).get("weights")).get("num_bits") for group in groups]
+    packed = 32 // bits[0] if bits and bits[0] in (2, 4, 8) else 1  # numbers to an int32
+    each = {".weight": 1, ".bias": 1, ".weight_packed": packed}  # and scales and zeros, which do not stay
+    return sum(math.prod(shape) * each.get(name[name.rfind(".") :], 0) for name, shape in shapes.items())
+
+
+def _mapping(found: Any) -> Mapping[str, Any]:
+    return found if isinstance(found, Mapping) else {}
 
 
 def names_of_pickles(folder: Path) -> list[str]:

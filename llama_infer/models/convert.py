@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LlamaInferError, ParameterError, SavingError, UnsupportedError
 from ..files import new_folder
 from ..parts import Source
+from ..registry import resolve
 from .checks import INDEX, WEIGHTS, check_vocabulary
 from .devices import dtype_name
 from .loaders import AutoLoader, examine, load_tokenizer
@@ -66,6 +67,8 @@ def convert(
         trust_remote_code=trust_remote_code,
     )
     meta = is_meta(folder)
+    if quantization is not None and not hasattr(resolve("quantization", quantization), "quantise"):
+        raise UnsupportedError(f"quantization={quantization!r} is not one that is saved; int8 and int4 are")
     if meta and quantization is not None:
         raise UnsupportedError("Meta's layout is converted by itself: quantise the result afterwards")
     if meta and (adapter is not None or revision is not None):

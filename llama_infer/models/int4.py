@@ -12,20 +12,21 @@ from torch import Tensor
 from ..errors import ParameterError, UnsupportedError
 from .int8 import in_spans
 from .native.integer import SPAN, kernel, linear, pack, unpack
+from .native.quantise import quantise
 from .quantised import QuantisedLinear, Tensors, blockwise, quantise_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GROUPS = (32, 64, 128)
-_SHRINK = (1.0, 0.93, 0.86)
-"""Fractions of a group's range that are tried: the ends of a range are rare, and its middle gains what they lose."""
-_USUAL = 0.93
-"""The one for which scales are compared."""
-_MOST = (12, 14, 16)
+_MOST = (11, 12, 13, 14, 15)
 """Multipliers that are tried for the widest group of a span: the larger, the finer its offset and the fewer choices."""
+_LESS = (0, 1)
+"""Under each, of every group the multiplier that spans it, and one less: its ends are rare, and its middle gains."""
 _STEP, _FIRST = 4, -26
 """Offsets are 16 multiples of 4, from -26: the middle of numbers from -8 to 7 times a multiplier is below 0."""
+_TOP, _BOTTOM = 125.0, -122.0
+"""The last of 8 bits that a multiplier and an offset give: 7 * 13 + 34 and -8 * 12 - 26."""
 _NAMES = ("int4", "groups", "scale")
 _BLOCK = 64
 """Rows that the layouts interleave."""
@@ -77,20 +78,8 @@ class Int4:
         from -128 to 127. Of eight neighbours the first four are the low halves of four bytes. A group's byte holds its
         multiplier - 1 in the low half, and in the high one the offset. Of several the least square error is taken.
         """
-        width = weight.shape[1]
-        groups = in_spans(weight, SPAN).unflatten(-1, (-1, self.group_size))
-        groups = groups.permute(3, 0, 1, 2).contiguous()  # what a group shares lies side by side: long loops
-        low, high = groups.amin(0), groups.amax(0)
-        _, scale = reduce(_better, (_span(groups, low, high, most) for most in _MOST))
-        scaled, middle, step = groups / scale, (low + high) / (2 * scale), (high - low) / (15 * scale)
-        _, m, high = reduce(_better, (_group(scaled, middle, step * part) for part in _SHRINK))
-        numbers = _round(scaled, m, high)[0].add_(8).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
-        eights = numbers.flatten(1)[:, :width].view(len(weight), -1, 2, 4)
-        return {
-            "int4": (eights[:, :, 1] << 4 | eights[:, :, 0]).flatten(1),
-            "groups": (high * 16 + m - 1).to(torch.uint8).flatten(1)[:, : width // self.group_size].contiguous(),
-            "scale": scale.flatten(1).bfloat16(),
-        }
+        found = quantise(weight, self.group_size)
+        return quantise_plainly(weight, self.group_size) if found is None else found
 
     def dequantise(self, tensors: Tensors) -> Tensor:
         """float32 [n, in]."""
@@ -165,29 +154,59 @@ class Int4TorchLinear(QuantisedLinear):
         return y if self.bias is None else y + self.bias
 
 
-def _span(groups: Tensor, low: Tensor, high: Tensor, most: int) -> tuple[Tensor, ...]:
-    """(square error, scale) of spans, both [n, spans, 1], from groups [group, n, spans, groups], if the widest one's
-    multiplier is ``most``."""
-    step = (high - low) / 15
-    scale = (step.amax(-1, keepdim=True) / most).clamp_min_(1e-30).bfloat16().float()
-    error, *_ = _group(groups / scale, (low + high) / (2 * scale), step * (_USUAL / scale))
-    return error.sum(-1, keepdim=True) * scale * scale, scale
+def quantise_plainly(weight: Tensor, group_size: int) -> dict[str, Tensor]:
+    """What ``native/quantise.cpp`` does, in torch: to the last bit the same, and slow."""
+    width = weight.shape[1]
+    groups = in_spans(weight, SPAN).unflatten(-1, (-1, group_size))
+    groups = groups.permute(3, 0, 1, 2).contiguous()  # what a group shares lies side by side: long loops
+    low, high = groups.amin(0), groups.amax(0)
+    widest = (high - low).amax(-1, keepdim=True)
+    # Whole spans far from 0 are narrow, and all of their numbers are to fit 8 bits.
+    least = torch.maximum(high.amax(-1, keepdim=True) / _TOP, low.amin(-1, keepdim=True) / _BOTTOM).clamp_min(1e-30)
+    scales = (torch.maximum(widest / (15 * most), least).bfloat16().float() for most in _MOST)
+    _, scale, m, high = reduce(_better, (_span(groups, low, high, scale) for scale in scales))
+    numbers = _round(groups * (1 / scale) - (high * _STEP + _FIRST), m, high).add_(8).nan_to_num_()
+    numbers = numbers.to(torch.uint8).permute(1, 2, 3, 0).flatten(1)[:, :width]
+    eights = numbers.unflatten(1, (-1, 2, 4))
+    return {
+        "int4": (eights[:, :, 1] << 4 | eights[:, :, 0]).flatten(1),
+        "groups": (high * 16 + m - 1).nan_to_num_().to(torch.uint8).flatten(1)[:, : width // group_size].contiguous(),
+        "scale": torch.where(widest.isfinite(), scale, torch.nan).flatten(1).bfloat16(),
+    }
 
 
-def _group(scaled: Tensor, middle: Tensor, step: Tensor) -> tuple[Tensor, ...]:
-    """(square error, multiplier, high half of the byte) of groups [group, n, spans, groups] for steps of that size."""
-    m = step.round().clamp_(1, 16)
-    high = ((middle + m / 2 - _FIRST) / _STEP).round_().clamp_(0, 15)
-    numbers, exact = _round(scaled, m, high)
-    return numbers.sub_(exact).square_().sum(0) * m * m, m, high
+def _span(groups: Tensor, low: Tensor, high: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    """(square error [n, spans, 1], scale, multipliers, high halves of the bytes) of spans from groups [group, n, spans,
+    groups], for a scale [n, spans, 1]."""
+    up = 1 / scale
+    scaled, low, high = groups * up, low * up, high * up
+    # All numbers from the lowest to the highest; with the last or the first offset, as far as it has to reach.
+    reach = torch.maximum((high - (15 * _STEP + _FIRST)) / 7, (_FIRST - low) / 8)
+    whole = torch.maximum(((high - low) / 15).round(), reach.ceil())
+    _, error, m, high = reduce(_better, (_group(scaled, low + high, (whole - less).clamp(1, 16)) for less in _LESS))
+    return _sum(error.movedim(-1, 0)).unsqueeze(-1) * (scale * scale), scale, m, high
 
 
-def _round(scaled: Tensor, m: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers from -8 to 7 whose 8-bit numbers are in range, and what they were before rounding."""
+def _group(scaled: Tensor, ends: Tensor, m: Tensor) -> tuple[Tensor, ...]:
+    """(square error, again, multiplier, high half of the byte) of groups with those ends (summed up)."""
+    high = (((ends + m) / 2 - _FIRST) / _STEP).clamp_(0, 15).round_()
+    above = scaled - (high * _STEP + _FIRST)
+    error = _sum(_round(above, m, high).mul_(m).sub_(above).square_())
+    return error, error, m, high
+
+
+def _round(above: Tensor, m: Tensor, high: Tensor) -> Tensor:
+    """Numbers from -8 to 7 for what lies above the offset, whose 8-bit numbers are in range."""
     o = high * _STEP + _FIRST
     least, most = ((-128 - o) / m).ceil_().clamp_min_(-8), ((127 - o) / m).floor_().clamp_max_(7)
-    exact = torch.addcmul(-o / m, scaled, 1 / m)
-    return exact.round().clamp_(least, most), exact
+    return (above * (1 / m)).round_().clamp_(least, most)
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Over the first dimension, in an order that can be repeated."""
+    while len(x) > 1:
+        x = x[: len(x) // 2] + x[len(x) // 2 :]
+    return x[0]
 
 
 def _better(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

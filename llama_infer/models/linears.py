@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..errors import ParameterError
 from .mapped import release
@@ -33,9 +34,12 @@ def replace_linears(
         if not any(_named(name, wanted) for name in sizes):
             ends = sorted({name.rpartition(".")[2] for name in sizes})
             raise ParameterError(f"keep: no linear layer is called {wanted!r}. There are: {', '.join(ends)}")
-    for name in sorted(sizes, key=lambda name: -sizes[name]):
-        if not any(_named(name, wanted) for wanted in keep):
+    names = [name for name in sizes if not any(_named(name, wanted) for wanted in keep)]
+    total = sum(sizes[name] for name in names)
+    with tqdm(total=total, desc="Converting layers", unit="", unit_scale=True, disable=None) as bar:  # on a terminal
+        for name in sorted(names, key=lambda name: -sizes[name]):
             _replace(model, name, make)
+            bar.update(sizes[name])
     return model
 
 

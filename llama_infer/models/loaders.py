@@ -35,7 +35,8 @@ from .devices import default_dtype, dtype_name, pick_device
 from .gguf import check_gguf, is_gguf, load_gguf_tokenizer
 from .locate import locate
 from .memory import check_fits
-from .weights import first_line, load_model, quiet
+from .quantization import need_reader
+from .weights import first_line, load_model, pick_policy, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -72,21 +73,17 @@ class AutoLoader:
             raise UnsupportedError("device and device_map were both given: device_map places every part, leave device")
         name = dtype_name(source.dtype) if source.dtype is not None else None
         checkpoint = examine(source)
-        if source.quantization not in (None, "none") and checkpoint.quantization:
-            raise UnsupportedError(
-                f"{checkpoint.folder} is already quantised ({checkpoint.quantization}): leave out "
-                f"quantization={source.quantization!r}"
-            )
         adapter = _locate_adapter(source, checkpoint)
         device = pick_device(source.device)
         dtype, notes = _pick_dtype(name, checkpoint, device)
         attention = _pick_attention(source.attention, device, dtype)
+        policy = pick_policy(source, checkpoint, dtype, device)
         generation = read_generation(checkpoint.folder)
         tokenizer = _tokenizer_of(source, checkpoint, adapter)
         if source.device_map is None and source.tp_plan is None:
             whole = source.quantization in (None, "none", "packed") or is_gguf(checkpoint.folder)  # unpacked before
             check_fits(checkpoint, dtype, device, whole)
-        model = load_model(source, checkpoint, dtype, attention, device, adapter)
+        model = load_model(source, checkpoint, policy, dtype, attention, device, adapter)
         return LoadedModel(
             model=model,
             tokenizer=tokenizer,
@@ -106,10 +103,17 @@ def _offloaded(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def examine(source: Source) -> Checkpoint:
-    """The checkpoint that a source names, brought here and checked; nothing of it is loaded."""
+    """The checkpoint that a source names, brought here and checked; nothing of it is loaded, nor is torch."""
     trust = bool(source.trust_remote_code)
     folder = _locate(source, source.model, source.revision, lambda found: check_config(found, trust))
-    return check_gguf(folder) if is_gguf(folder) else check_checkpoint(folder, trust)
+    checkpoint = check_gguf(folder) if is_gguf(folder) else check_checkpoint(folder, trust)
+    if source.quantization not in (None, "none") and checkpoint.quantization:
+        raise UnsupportedError(
+            f"{folder} is already quantised ({checkpoint.quantization}): leave out quantization={source.quantization!r}"
+        )
+    if checkpoint.quantization:
+        need_reader(checkpoint.quantization)
+    return checkpoint
 
 
 def read_generation(folder: Path) -> dict[str, Value]:
@@ -185,7 +189,7 @@ def _locate(
 def _locate_adapter(source: Source, checkpoint: Checkpoint) -> Adapter | None:
     if source.adapter is None:
         return None
-    if source.merge_adapter and checkpoint.quantization:
+    if source.merge_adapter and checkpoint.quantization and not checkpoint.unpacked:
         raise UnsupportedError(
             f"{checkpoint.folder} is quantised ({checkpoint.quantization}), nothing can be merged into its weights: "
             "merge_adapter=False keeps the adapter beside them"

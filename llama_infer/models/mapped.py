@@ -89,14 +89,13 @@ class _FileRows:
     def of(cls, tensor: Tensor) -> _FileRows | None:
         """None when the file that is mapped cannot be opened, or another one has taken its place."""
         with contextlib.suppress(OSError):
-            for span, offset, path in _mapped_files():
+            for span, offset, inode, path in _mapped_files():
                 if tensor.data_ptr() in span:
                     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                     found = cls(tensor, file, offset + tensor.data_ptr() - span.start)
-                    ends = torch.tensor([0, len(tensor) - 1])
-                    same = torch.equal(found(ends).view(torch.uint8), tensor[ends].view(torch.uint8))
                     release(tensor)
-                    return found if same else None
+                    # Its number is the file's alone as long as it is mapped. (The device is another on some systems.)
+                    return found if os.fstat(file).st_ino == inode else None
         return None
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -119,14 +118,14 @@ class _FileRows:
         return rows_of, (self._tensor,)  # another process has other files open
 
 
-def _mapped_files() -> Iterator[tuple[range, int, str]]:
-    """Addresses, where in a file they begin, and its path, for all files that this process maps (see proc(5))."""
+def _mapped_files() -> Iterator[tuple[range, int, int, str]]:
+    """Addresses, where in a file they begin, its inode and its path, for all files that this process maps (proc(5))."""
     with open("/proc/self/maps", encoding="utf-8") as maps:
         for line in maps:
             fields = line.split(maxsplit=5)
             if len(fields) == 6 and fields[5].startswith("/"):
                 first, last = (int(number, 16) for number in fields[0].split("-"))
-                yield range(first, last), int(fields[2], 16), fields[5].rstrip("\n")
+                yield range(first, last), int(fields[2], 16), int(fields[4]), fields[5].rstrip("\n")
 
 
 def _all_of_a_file(first: int, last: int) -> bool:

@@ -70,7 +70,8 @@ def check_fits(checkpoint: Checkpoint, dtype: torch.dtype | str, device: torch.d
     ``whole``: no policy makes the weights smaller on their way in; otherwise a quarter of them must fit.
     """
     stored = {"float64": 8, "float32": 4}.get(checkpoint.dtype or "", 2)
-    size = stored if isinstance(dtype, str) or checkpoint.quantization else dtype.itemsize
+    packed = checkpoint.quantization and not checkpoint.unpacked
+    size = stored if isinstance(dtype, str) or packed else dtype.itemsize
     files = sum(path.stat().st_size for path in checkpoint.weights)
     weights = files if checkpoint.numbers is None else checkpoint.numbers * size
     text = checkpoint.config.get("text_config")

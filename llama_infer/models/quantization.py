@@ -23,16 +23,10 @@ if TYPE_CHECKING:
 
 
 _READERS = {
-    "gptq": ("optimum", "gptqmodel"),
-    "awq": ("gptqmodel",),
     "compressed-tensors": ("compressed-tensors",),
     "torchao": ("torchao",),
 }
 """Packages that transformers reads quantised checkpoints with."""
-
-
-UNPACKED = "compressed-tensors"
-"""The method whose layers transformers would unpack in the first forward: that is done while loading."""
 
 
 class Unchanged:

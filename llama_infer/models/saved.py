@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import LlamaInferError, LoadingError, UnsupportedError
 from ..registry import resolve
 from .checks import WEIGHTS, Checkpoint, read_json
+from .fused import fuse
 from .mapped import release
 from .packed import PackedLinear
 from .quantised import Format, QuantisedEmbedding, QuantisedLinear
@@ -79,7 +80,7 @@ def load_saved(checkpoint: Checkpoint, dtype: Any, attention: str | None, device
     except Exception as error:  # whatever shapes that do not fit may lead to
         raise LoadingError(f"the weights in {checkpoint.folder} do not fit its config.json: {error}") from error
     model.eval().requires_grad_(False)
-    return model
+    return fuse(model)
 
 
 def _inside(name: str, layers: Mapping[str, Any]) -> bool:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LlamaInferError, LoadingError, UnsupportedError
+from ..errors import LlamaInferError, LoadingError, ParameterError, UnsupportedError, suggest
 from ..parts import Source
 from ..registry import resolve
 from .adapters import Adapter, apply_adapter
-from .checks import Checkpoint
+from .checks import COMPRESSED, Checkpoint
 from .gguf import gguf_options, is_gguf, quiet_bar
+from .gptq import METHODS, reader, zero_biases
 from .parallel import split
-from .quantization import UNPACKED, need_reader, only_errors, plain_layouts, prepare_bitsandbytes
+from .quantization import only_errors, plain_layouts, prepare_bitsandbytes
 
 if TYPE_CHECKING:
     import torch
@@ -26,21 +26,18 @@ if TYPE_CHECKING:
 def load_model(
     source: Source,
     checkpoint: Checkpoint,
+    policy: Any,
     dtype: torch.dtype | str,
     attention: str | None,
     device: torch.device,
     adapter: Adapter | None = None,
 ) -> PreTrainedModel:
-    """The model of a checkpoint that passed its checks, in eval mode, with its adapter, after its policy (else the
-    automatic one)."""
+    """The model of a checkpoint that passed its checks, in eval mode, with its adapter, after its policy."""
     if checkpoint.quantization == "llama_infer":
         from .saved import load_saved  # which imports torch; what is refused needs none
 
         _refuse_for_saved(source, adapter)
         return load_saved(checkpoint, dtype, attention, device)
-    if checkpoint.quantization:
-        need_reader(checkpoint.quantization)
-    policy = _policy(source, checkpoint, dtype, device)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     if source.tp_plan is not None:
         options["distributed_config"] = split(source)
@@ -64,7 +61,8 @@ def load_model(
                 f"quantization={source.quantization!r} does not read GGUF: llama-infer convert makes safetensors of it"
             )
         options.update(gguf_options(checkpoint.folder))
-    model = _from_pretrained(checkpoint.folder, options, bool(source.trust_remote_code))
+    model = _from_pretrained(checkpoint, options, bool(source.trust_remote_code))
+    _check_places(model, source.device_map)
     if checkpoint.quantization == "bitsandbytes":
         plain_layouts(model)
     if adapter is not None:
@@ -72,6 +70,14 @@ def load_model(
     if hasattr(policy, "convert"):
         model = policy.convert(model)
     return model
+
+
+def _check_places(model: PreTrainedModel, places: Any) -> None:
+    """transformers passes over names in a device map that no module has."""
+    names = [name for name, _ in model.named_modules()] if isinstance(places, Mapping) else []
+    for place in names and places:
+        if place not in names:
+            raise ParameterError(f"device_map: the model has no module {place!r}{suggest(place, names)}")
 
 
 def _refuse_for_saved(source: Source, adapter: Adapter | None) -> None:
@@ -84,12 +90,16 @@ def _refuse_for_saved(source: Source, adapter: Adapter | None) -> None:
         raise UnsupportedError(f"{source.model} is quantised for the CPU: leave {given} out")
 
 
-def _policy(source: Source, checkpoint: Checkpoint, dtype: torch.dtype | str, device: torch.device) -> Any:
-    """The policy that was asked for; by default packed layers, where the processor has them."""
+def pick_policy(source: Source, checkpoint: Checkpoint, dtype: torch.dtype | str, device: torch.device) -> Any:
+    """The policy that was asked for; by default packed layers, where the processor has them.
+
+    Raises UnsupportedError, MissingDependencyError or ParameterError for one that cannot be had here.
+    """
     if source.quantization is None:
         from .packed import Packed, refusal
 
-        whole = source.device_map is None and source.tp_plan is None and checkpoint.quantization in (None, UNPACKED)
+        ordinary = checkpoint.unpacked or not checkpoint.quantization
+        whole = ordinary and source.device_map is None and source.tp_plan is None
         return Packed() if whole and refusal(device, dtype) is None else None
     policy = resolve("quantization", source.quantization)
     if hasattr(policy, "check"):
@@ -97,8 +107,8 @@ def _policy(source: Source, checkpoint: Checkpoint, dtype: torch.dtype | str, de
     return policy
 
 
-def _from_pretrained(folder: Path, options: dict[str, Any], trust: bool) -> PreTrainedModel:
-    config = None
+def _from_pretrained(checkpoint: Checkpoint, options: dict[str, Any], trust: bool) -> PreTrainedModel:
+    config, folder = None, checkpoint.folder
     place, bar = (folder.parent, quiet_bar()) if is_gguf(folder) else (folder, contextlib.nullcontext())
     known = {name: options[name] for name in options if name == "gguf_file"}
     try:
@@ -108,9 +118,7 @@ def _from_pretrained(folder: Path, options: dict[str, Any], trust: bool) -> PreT
             load: Any = AutoModelForCausalLM.from_pretrained
             # The config apart, because a kernel that config.json names would else win over the one asked for.
             config = AutoConfig.from_pretrained(place, trust_remote_code=trust, local_files_only=True, **known)
-            quantised = getattr(config, "quantization_config", None)
-            if isinstance(quantised, dict) and quantised.get("quant_method") == UNPACKED:
-                quantised["dequantize"] = True
+            _unpacked(config)
             model, report = load(
                 place,
                 config=config,
@@ -125,6 +133,8 @@ def _from_pretrained(folder: Path, options: dict[str, Any], trust: bool) -> PreT
         raise
     except Exception as error:
         raise LoadingError(f"{folder} cannot be loaded: {_unknown_rope(error, config) or first_line(error)}") from error
+    if checkpoint.quantization in METHODS:
+        report["unexpected_keys"] = set(report["unexpected_keys"]) - zero_biases(checkpoint.weights)
     problems = [
         f"{len(report[kind])} {words} ({', '.join(sorted(_key(key) for key in report[kind])[:3])})"
         for kind, words in (
@@ -138,6 +148,19 @@ def _from_pretrained(folder: Path, options: dict[str, Any], trust: bool) -> PreT
         del model  # the traceback must not keep it alive
         raise LoadingError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems)}")
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _unpacked(config: Any) -> None:
+    """Has transformers unpack quantised weights while it reads them; left to itself it would do so in the first
+    forward, or ask for further packages."""
+    described = getattr(config, "quantization_config", None)
+    if not isinstance(described, dict):
+        return
+    method = described.get("quant_method")
+    if method == COMPRESSED:
+        described["dequantize"] = True
+    elif method in METHODS:
+        config.quantization_config = {"quant_method": reader(), "described": described}
 
 
 def _unknown_rope(error: Exception, config: Any) -> str | None:

@@ -26,12 +26,12 @@ _UNITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
-def kernel(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
+def kernel(name: str, dtype: torch.dtype) -> Callable[..., int] | None:
     """The kernel for weights "int8", "int4_32", "int4_64" or "int4_128"; None where there is none."""
     kernels = library("models/native/integer")
     found = None if kernels is None else getattr(kernels, f"{name}_{_TYPES.get(dtype)}", None)
     if found is not None and found.argtypes is None:
-        found.argtypes, found.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3, None
+        found.argtypes, found.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3, ctypes.c_int
     return found
 
 
@@ -45,7 +45,8 @@ def linear(name: str, x: Tensor, packed: Tensor, bias: Tensor | None, shape: tup
     y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
     bias = bias if bias is None else bias.to(x.dtype)
     added = bias if bias is None else bias.data_ptr()
-    run(x.data_ptr(), packed.data_ptr(), added, y.data_ptr(), x.numel() // width, width, outputs)
+    if not run(x.data_ptr(), packed.data_ptr(), added, y.data_ptr(), x.numel() // width, width, outputs):
+        raise torch.OutOfMemoryError(f"no memory to quantise {x.numel() // width} rows of {width} activations")
     return y
 
 

@@ -1,0 +1,93 @@
+"""Where a checkpoint comes from: folders, files, hub ids, the demo; and what is none of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import edit_json, write_checkpoint
+
+from llama_infer.errors import LoadingError, UnsupportedError
+from llama_infer.models import locate
+from llama_infer.models.loaders import AutoLoader
+from llama_infer.parts import Source
+from llama_infer.testing import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("loaders") / "whole")
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+def load(model, **options):
+    return AutoLoader()(Source(str(model), **options))
+
+
+IDS = torch.tensor([[256, 72, 101, 108, 108, 111]])
+
+
+def test_only_local_files(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("socket.socket.connect", lambda *ignored: pytest.fail("somebody was asked"))
+    with pytest.raises(LoadingError, match="nobody/nothing.*hub cannot be reached"):
+        load("nobody/nothing", local_files_only=True)
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "a/b/c", "~nobody/x", "", "\0", "x" * 5000, "a b"])
+def test_what_is_neither_folder_nor_hub_id(model):
+    with pytest.raises(LoadingError, match="no folder"):
+        load(model)
+
+
+def test_a_file_is_no_checkpoint(whole):
+    with pytest.raises(LoadingError, match="is a file"):
+        load(whole / "model.safetensors")
+
+
+def test_revision_belongs_to_the_hub(whole):
+    with pytest.raises(UnsupportedError, match="revision"):
+        load(whole, revision="main")
+
+
+def test_offline_and_absent_is_one_line(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(LoadingError, match="nobody/nothing.*'v1'.*hub cannot be reached.*folder") as caught:
+        load("nobody/nothing", revision="v1")
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_checkpoint_is_checked_before_its_weights_are_fetched(monkeypatch, folder):
+    import huggingface_hub
+
+    asked = []
+
+    def download(model, revision, allow_patterns, **options):
+        asked.append((model, revision, "*.safetensors" in allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    loaded = load("some/model", revision="v2", dtype="float32")
+    assert asked == [("some/model", "v2", False), ("some/model", "v2", True)]
+    assert torch.equal(loaded.model(IDS).logits, tiny_llama()(IDS).logits)
+    edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "evil.Model"})
+    with pytest.raises(LoadingError, match="auto_map"):
+        load("some/model")
+    assert len(asked) == 3, "no weights of what is refused"
+
+
+def test_demo_is_the_built_in_folder(monkeypatch, folder):
+    assert locate.DEMO.name == "demo" and locate.DEMO.parent.name == "llama_infer"
+    monkeypatch.setattr(locate, "DEMO", folder)
+    assert load("demo").context_length == 512
