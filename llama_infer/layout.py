@@ -70,7 +70,7 @@ class Layout:
         """Whether every row feeds one token, its last."""
         return all(span.new == 1 and span.ready for span in self.spans)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """The longest row after the step."""
         return max(span.end for span in self.spans)

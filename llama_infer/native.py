@@ -17,6 +17,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,14 @@ def library(name: str, exact: bool = False) -> Any:
     except (OSError, subprocess.SubprocessError) as error:
         logger.info("no %s kernels of our own, torch's operators serve: %s", name, error)
         return None
+
+
+def function(name: str, function: str, arguments: Sequence[Any], returns: Any = None) -> Any:
+    """One function of ``name``.cpp, whose types are declared at the first call; None where it cannot be had."""
+    found = getattr(library(name), function, None)
+    if found is not None and found.argtypes is None:
+        found.argtypes, found.restype = tuple(arguments), returns
+    return found
 
 
 def _build(command: list[str], source: Path, built: Path) -> None:

@@ -13,6 +13,7 @@ from oracles import completions, drain, open_engine, random_prompts, requests, t
 
 from llama_infer import Pipeline
 from llama_infer.cache.int8 import Int8SlotCache
+from llama_infer.cache.place import place
 from llama_infer.cache.slots import SlotCache
 from llama_infer.layout import Layout, Span
 from llama_infer.testing import tiny_llama
@@ -190,3 +191,29 @@ def test_int8_takes_half_the_memory():
         layer.update(*torch.randn(2, 1, HEADS, 5, 64).bfloat16())
         sizes[kind] = sum(buffer.nbytes for buffer in layer._keys + layer._values)
     assert sizes[Int8SlotCache] == sizes[SlotCache] * 66 / 128
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 5),
+    st.sampled_from([1, 2, 64]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.int8]),
+    st.sampled_from(["dense", "by head", "every other number"]),
+    st.integers(0, 40),
+)
+def test_tokens_are_placed_as_indexing_would(heads, dim, dtype, how, count):
+    """Into some of the slots and positions, however states and buffer lie."""
+    draw = torch.Generator().manual_seed(count)
+    buffer = torch.randint(-99, 99, (6, heads, 50, dim), generator=draw).to(dtype)
+    places = torch.randperm(6 * 50, generator=draw)[:count]
+    slots, positions = places // 50, places % 50
+    states = torch.randint(-99, 99, (count, heads, dim), generator=draw).to(dtype)
+    if how == "by head":
+        states = states.transpose(0, 1).contiguous().transpose(0, 1)
+    elif how == "every other number":
+        states = states.repeat_interleave(2, -1)[..., ::2]
+        buffer = buffer.transpose(1, 2).contiguous().transpose(1, 2)
+    expected = buffer.clone()
+    expected[slots, :, positions] = states
+    place(buffer, slots, positions, states)
+    assert torch.equal(buffer, expected)

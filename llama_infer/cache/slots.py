@@ -19,6 +19,7 @@ from transformers import DynamicCache, DynamicLayer
 
 from ..layout import Layout
 from ..transfer import upload
+from .place import place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -173,9 +174,10 @@ class SlotLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self.encode(key_states[0].transpose(0, 1)), self.encode(value_states[0].transpose(0, 1))
-        self._fit(keys, values, [span.old for span in layout.spans])
+        if not self.fits:
+            self._fit(keys, values, [span.old for span in layout.spans])
         for buffer, states in zip(self._keys + self._values, keys + values, strict=True):
-            buffer[layout.rows, :, layout.positions] = states
+            place(buffer, layout.rows, layout.positions, states)
         self.keys, self.values = (
             self.decode(tuple(buffer[:rows, :, :width] for buffer in buffers)) for buffers in (self._keys, self._values)
         )

@@ -57,14 +57,9 @@ def sdpa(
 
 def ragged_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether :func:`ragged` can be used for q [N, heads, d] and keys and values [rows, kv heads, width, d]."""
-    if torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
+    if not q.is_cuda or torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
         return False
-    if (
-        not q.is_cuda
-        or q.dtype not in (torch.bfloat16, torch.float16)
-        or v.shape != k.shape
-        or v.stride() != k.stride()
-    ):
+    if q.dtype not in (torch.bfloat16, torch.float16) or v.shape != k.shape or v.stride() != k.stride():
         return False
     dim = q.shape[2]
     side_by_side = k.stride()[1:] == (dim, k.shape[1] * dim, 1)

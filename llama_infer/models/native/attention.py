@@ -7,7 +7,6 @@ memory's speed; with many, it computes at a fraction of the processor's. Rows of
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,23 +14,26 @@ import torch
 from torch import Tensor
 
 from ...layout import Layout
-from ...native import library
+from ...native import function
 
 _TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _DIMS = (8, 16, 32, 64, 96, 128, 256)
 _TILED = (32, 64, 96, 128, 256)
-_ADDRESS, _COUNT = ctypes.c_void_p, ctypes.c_int64
+_LIBRARY, _TILES = "models/native/attention", "models/native/prefill"
+_ONE = (*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 6, ctypes.c_float)
+_MANY = (*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 7, ctypes.c_float)
 
 
 def kernel(query: Tensor, key: Tensor, value: Tensor) -> Callable[..., None] | None:
     """The kernel for keys and values [rows, kv heads, width, d] as they lie in the cache; None where there is none."""
-    dim = key.shape[3]
-    if not key.is_cpu or key.dtype not in _TYPES or dim not in _DIMS or {query.dtype, value.dtype} != {key.dtype}:
+    if not key.is_cpu or query.dtype != key.dtype or value.dtype != key.dtype:
         return None
-    if key.shape != value.shape or key.stride() != value.stride() or key.stride()[2:] != (dim, 1):
+    if key.shape != value.shape or key.stride() != value.stride() or key.stride()[2:] != (key.shape[3], 1):
         return None
-    kernels = library("models/native/attention")
-    return None if kernels is None else getattr(kernels, f"{_TYPES[key.dtype]}_{dim}")
+    if key.dtype not in _TYPES or key.shape[3] not in _DIMS:
+        return None
+    run: Callable[..., None] | None = function(_LIBRARY, f"{_TYPES[key.dtype]}_{key.shape[3]}", _ONE)
+    return run
 
 
 def attend(
@@ -51,14 +53,10 @@ def attend(
     q = q.contiguous()
     heads, dim = key.shape[1], key.shape[3]
     run(
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (q, key, value, out, where)),
-        ctypes.c_int64(where.shape[1]),
-        ctypes.c_int64(heads),
-        ctypes.c_int64(q.shape[1] // heads),
-        ctypes.c_int64(key.stride(0)),
-        ctypes.c_int64(key.stride(1)),
-        ctypes.c_int64(layout.width if window is None else window),
-        ctypes.c_float(dim**-0.5 if scaling is None else scaling),
+        *(tensor.data_ptr() for tensor in (q, key, value, out, where)),
+        *(where.shape[1], heads, q.shape[1] // heads, key.stride(0), key.stride(1)),
+        layout.width if window is None else window,
+        dim**-0.5 if scaling is None else scaling,
     )
 
 
@@ -93,11 +91,6 @@ def prefill(
         raise MemoryError("there is no memory for the attention of a prompt: feed fewer tokens at once")
 
 
-@functools.cache
 def _prefill() -> Any:
-    kernels = library("models/native/prefill")
-    if kernels is None:
-        return None
-    kernels.available.restype = kernels.prefill.restype = ctypes.c_bool
-    kernels.prefill.argtypes = (*[_ADDRESS] * 5, *[_COUNT] * 7, ctypes.c_float)
-    return kernels.prefill if kernels.available() else None
+    available = function(_TILES, "available", (), ctypes.c_bool)
+    return function(_TILES, "prefill", _MANY, ctypes.c_bool) if available is not None and available() else None
