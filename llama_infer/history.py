@@ -171,13 +171,16 @@ def _kernels(logits: Tensor) -> _Kernels | None:
     return _compiled().get(logits.dtype) if logits.is_cpu and logits.is_contiguous() else None
 
 
-@cache
 def _compiled() -> dict[Any, _Kernels]:
-    import torch
-
     from .native import library
 
-    kernels = library("history")
+    return _prepared(library("history"))
+
+
+@cache
+def _prepared(kernels: Any) -> dict[Any, _Kernels]:
+    import torch
+
     if kernels is None:
         return {}
     found = {}

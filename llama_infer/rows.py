@@ -101,10 +101,13 @@ def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(values), torch.from_numpy(ids)
 
 
-@cache
 def _kernels() -> dict[Any, Any]:
     """``likeliest`` by dtype, "totals" and "widen"; empty where they cannot be had."""
-    compiled = library("rows")
+    return _prepared(library("rows"))
+
+
+@cache
+def _prepared(compiled: Any) -> dict[Any, Any]:
     if compiled is None:
         return {}
     kernels = {

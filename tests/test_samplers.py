@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_infer import DEFAULT_PROCESSORS, Batch, Context, registry, transform_logits
+from llama_infer.candidates import Candidates
 from llama_infer.chain import EXCLUDED, NON_FINITE, Chain
 from llama_infer.columns import make_batch
 from llama_infer.noise import gumbel
@@ -207,6 +209,12 @@ def test_borrowed_logits_are_given_back_after_an_error():
     with pytest.raises(ZeroDivisionError):
         broken(logits, batch)
     assert torch.equal(logits, before)
+
+
+def test_the_best_of_a_window_is_the_lowest_id_among_equals():
+    """Whatever their order in it."""
+    window = Candidates.of(torch.zeros(2, 4), 4)._replace(ids=np.array([[3, 2, 0, 1], [0, 3, 1, 2]]))
+    assert window.index_of_best(np.array([[5.0, 5, 1, 5], [0, 2, 2, 2]])).tolist() == [3, 2]
 
 
 def test_greedy_takes_the_lowest_id_among_equals():

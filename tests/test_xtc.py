@@ -13,6 +13,7 @@ from part_oracles import check_truncation, logit_rows, neutral, probabilities, t
 
 from llama_infer.errors import ParameterError
 from llama_infer.parts import Context
+from llama_infer.processors.moments import least_above
 from llama_infer.processors.xtc import XTC
 from llama_infer.testing import byte_tokenizer
 
@@ -120,3 +121,9 @@ def test_neutral_needs_the_switch_alone():
     logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
     assert torch.equal(XTC()(logits, table(XTC(), [off] * 2)), logits)
     assert [name for name, param in XTC.params.items() if param.neutral is not None] == ["xtc_probability"]
+
+
+def test_a_token_right_at_the_limit_counts():
+    logits = torch.tensor([[3.0, 1.0, 2.0, -math.inf]] * 3)
+    limits = torch.tensor([[1.0], [2.0], [2.5]], dtype=torch.float64)
+    assert least_above(logits, limits)[:, 0].tolist() == [1.0, 2.0, 3.0]
