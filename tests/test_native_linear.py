@@ -79,7 +79,7 @@ def test_sums_that_wait_between_chunks_of_inputs_lose_nothing(rows):
 @pytest.mark.parametrize("outputs", [32, 64])
 @pytest.mark.parametrize("multiple", [16, 32])  # of 16 no tiles: the vectors of every processor
 def test_a_row_is_the_same_in_any_company(outputs, multiple):
-    weight, _ = layer(100, 16 * 7)
+    weight, _ = layer(1100, 16 * 7)
     laid, lies = laid_out(weight, outputs, multiple)
     run = kernel(laid.data_ptr(), tuple(weight.shape), lies, None)
     x = inputs_of(600, weight.shape[1])

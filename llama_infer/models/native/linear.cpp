@@ -47,7 +47,9 @@ T* scratch(size_t count) {
 // requests from the first are few, and x needs them.
 inline void fetch(const Half* at) { __builtin_prefetch((const char*)at + 4096, 0, 2); }
 
-// Sixteen of a row's outputs, from `first` on, or those that are left.
+// Sixteen of a row's outputs, from `first` on, or those that are left. PAST: past the caches, which need not read first
+// what is written whole.
+template <bool PAST>
 inline void store(Lanes sums, const Layer& layer, int64_t first, Half* y) {
     const int64_t count = std::min<int64_t>(16, layer.out - first);
     if (count <= 0) return;
@@ -57,6 +59,12 @@ inline void store(Lanes sums, const Layer& layer, int64_t first, Half* y) {
         sums += bias;
     }
     const Halves all = narrow(sums);
+#ifdef LLAMA_INFER_TILES
+    if (PAST && count == 16 && (uintptr_t)(y + first) % sizeof all == 0) {
+        _mm256_stream_si256((__m256i*)(y + first), (__m256i)all);
+        return;
+    }
+#endif
     if (count == 16)
         std::memcpy(y + first, &all, sizeof all);
     else
@@ -103,7 +111,7 @@ void some(const Layer& layer, const Half* w, const Half* x, Half* y, int64_t fir
         }
     }
     for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < VECTORS; v++) store(sums[r][v], layer, first + v * 16, y + r * layer.out);
+        for (int v = 0; v < VECTORS; v++) store<false>(sums[r][v], layer, first + v * 16, y + r * layer.out);
 }
 
 // The same for any number of them, as many at a time as the registers hold.
@@ -124,6 +132,7 @@ void vectors(const Layer& layer, const Half* w, const Half* x, Half* y, int64_t 
 #ifdef LLAMA_INFER_TILES
 constexpr int64_t MOST_ROWS = 256, INNER = 1024;  // of a pass over the weights; inputs whose weights stay in the first cache
 constexpr int64_t CHUNK = 1 << 19;  // inputs, of all rows of a pass, that stay in the second cache
+constexpr int64_t LARGE = 1 << 18;  // outputs that do not
 
 // The processor's tiles: 0-3 sums, 4-5 inputs, 6-7 weights.
 struct alignas(64) Shapes {
@@ -192,8 +201,22 @@ void products(const Half* w, int64_t pair, const Half* x, const Half* below, int
     }
 }
 
+// What comes of the sums of 32 outputs of up to 32 rows.
+template <bool PAST>
+void finish(const Layer& layer, int64_t first, const float* sums, int64_t rows, Half* y) {
+    for (int64_t r = 0; r < rows; r++, y += layer.out) {
+        const float* tile = sums + r / TALL * 512 + r % TALL * 16;
+        store<PAST>(load(tile), layer, first, y);
+        store<PAST>(load(tile + 256), layer, first + 16, y);
+    }
+}
+
+// Adds to the sums of 32 outputs from `first` on, of up to MOST_ROWS rows, what `depth` inputs from `start` on give; x:
+// those inputs as tiles. With the last inputs y is written, a few lines at a time: each is a miss of the caches, for
+// which the next products do not wait.
 template <int LINES>
-void add(const Layer& layer, int64_t first, const Half* x, int64_t rows, int64_t start, int64_t depth, float* sums) {
+void add(const Layer& layer, int64_t first, const Half* x, int64_t rows, int64_t start, int64_t depth, float* sums,
+         Half* y) {
     const int64_t pair = layer.block * 2;
     const Half* w = layer.weight + first / layer.block * layer.block * layer.inputs + first % layer.block * 2;
     const int64_t step = LINES == 32 ? depth : INNER;
@@ -206,23 +229,10 @@ void add(const Layer& layer, int64_t first, const Half* x, int64_t rows, int64_t
             const auto run = rows - r > TALL ? products<true, LINES> : products<false, LINES>;
             const int64_t share = r / (2 * TALL) * LINES % 32;
             run(here, pair, tiles, tiles + TALL * depth, some / WIDE, start + k == 0, sums + r * 32, soon + share / 2 * pair);
+            const auto end = rows * layer.out < LARGE ? finish<false> : finish<true>;
+            if (start + k + some == layer.inputs)
+                end(layer, first, sums + r * 32, std::min(2 * TALL, rows - r), y + r * layer.out);
         }
-    }
-}
-
-// Adds to the sums of 32 outputs from `first` on, of up to MOST_ROWS rows, what `depth` inputs from `start` on give; x:
-// those inputs as tiles.
-void add(const Layer& layer, int64_t first, const Half* x, int64_t rows, int64_t start, int64_t depth, float* sums) {
-    const auto run = rows <= 32 ? add<32> : rows <= 96 ? add<16> : rows <= 224 ? add<8> : add<4>;
-    run(layer, first, x, rows, start, depth, sums);
-}
-
-// What comes of the sums of 32 outputs.
-void finish(const Layer& layer, int64_t first, const float* sums, int64_t rows, Half* y) {
-    for (int64_t r = 0; r < rows; r++) {
-        const float* tile = sums + r / 16 * 512 + r % 16 * 16;
-        store(load(tile), layer, first, y + r * layer.out);
-        store(load(tile + 256), layer, first + 16, y + r * layer.out);
     }
 }
 
@@ -245,11 +255,11 @@ bool tiled(const Layer& layer, const Half* x, Half* y, int64_t rows) {
                 gather(layer, x + r * layer.in, rows - r, start, depth, tiles + r * depth);
 #pragma omp for schedule(static)
             for (int64_t b = 0; b < blocks; b++) {
-                float* sums = waits ? waiting + b * size : passing;
-                add(layer, b * 32, tiles, rows, start, depth, sums);
-                if (start + depth == layer.inputs) finish(layer, b * 32, sums, rows, y);
+                const auto run = rows <= 32 ? add<32> : rows <= 96 ? add<16> : rows <= 224 ? add<8> : add<4>;
+                run(layer, b * 32, tiles, rows, start, depth, waits ? waiting + b * size : passing, y);
             }
         }
+        _mm_sfence();  // what was written past the caches is there for all
     }
     return true;
 }
