@@ -185,6 +185,8 @@ def test_unpacked_layers_are_packed_and_not_quantised_again(tmp_path):
     assert type(pipe.loaded.model.model.layers[0].mlp.up_proj).__name__ == ("PackedLinear" if here else "Linear")
     with pytest.raises(UnsupportedError, match=r"already quantised \(gptq\)"):
         Pipeline(str(tmp_path), device="cpu", quantization="int8")
+    with pytest.raises(UnsupportedError, match=r"quantised \(gptq\), and tp_plan splits whole weights"):
+        Pipeline(str(tmp_path), tp_plan="auto")
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])

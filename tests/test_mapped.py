@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import mmap
+import os
+import shutil
 import struct
 import sys
 
@@ -61,6 +63,19 @@ def test_rows_of_a_file_that_was_replaced_come_from_memory(tmp_path):
     rows = rows_of(held)
     assert not isinstance(rows, _FileRows)
     assert torch.equal(rows(torch.tensor([62])), torch.arange(62 * 64.0, 63 * 64.0)[None])
+
+
+def test_rows_of_a_file_that_is_replaced_at_that_moment_come_from_memory(tmp_path, monkeypatch):
+    """Between the look at what is mapped and the opening of its path."""
+    save_file({"a": torch.arange(4096.0).view(64, 64)}, tmp_path / "x.safetensors")
+    shutil.copy(tmp_path / "x.safetensors", tmp_path / "y.safetensors")
+    held, opened = load_file(tmp_path / "x.safetensors")["a"], os.open
+    monkeypatch.setattr(
+        os, "open", lambda path, *rest: opened(str(path).replace("x.safetensors", "y.safetensors"), *rest)
+    )
+    assert not isinstance(rows_of(held), _FileRows)
+    monkeypatch.undo()
+    assert isinstance(rows_of(held), _FileRows)
 
 
 @pytest.mark.skipif(HERE is not None, reason=f"packing {HERE}")

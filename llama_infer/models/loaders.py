@@ -73,6 +73,11 @@ class AutoLoader:
             raise UnsupportedError("device and device_map were both given: device_map places every part, leave device")
         name = dtype_name(source.dtype) if source.dtype is not None else None
         checkpoint = examine(source)
+        if source.tp_plan is not None and checkpoint.quantization:
+            raise UnsupportedError(
+                f"{checkpoint.folder} is quantised ({checkpoint.quantization}), and tp_plan splits whole weights: "
+                "leave it out, or make an ordinary checkpoint with llama-infer convert where that can unpack it"
+            )
         adapter = _locate_adapter(source, checkpoint)
         device = pick_device(source.device)
         dtype, notes = _pick_dtype(name, checkpoint, device)
