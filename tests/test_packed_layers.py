@@ -53,6 +53,7 @@ def test_few_numbers_of_rows_are_asked_of_onednn(monkeypatch):
     asked, plain = set(), PackedLinear._product
     monkeypatch.setattr(PackedLinear, "_product", lambda self, x: asked.add(x.shape) or plain(self, x))
     packed = PackedLinear(torch.randn(64, 128).bfloat16())
+    packed.kernel = None  # with tiles it takes every number of rows itself
     whole = torch.randn(1, 200, 128).bfloat16()
     expected = packed(whole)
     for rows in range(33, 201):
