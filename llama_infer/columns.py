@@ -67,8 +67,10 @@ def _column(parts: Sequence[Any], name: str, param: Param, values: Sequence[Valu
 
 def _float32(values: Sequence[float]) -> Tensor:
     """float32 [R], in which what is neither zero nor infinite stays so: 1e-50 is no greedy temperature."""
-    exact = torch.tensor(list(values), dtype=torch.float64)
     limits = torch.finfo(torch.float32)
+    if all(value == 0 or limits.tiny <= abs(value) <= limits.max for value in values):
+        return torch.tensor(list(values), dtype=torch.float32)
+    exact = torch.tensor(list(values), dtype=torch.float64)
     near = exact.clamp(limits.min, limits.max).where(exact.isfinite(), exact).float()
     return near.where((near != 0) | (exact == 0), exact.sign().float() * limits.tiny)
 

@@ -172,6 +172,7 @@ def _wait(step: Recorded) -> None:
 
 def can_record(loaded: LoadedModel) -> bool:
     """Whether the model is in one piece on a GPU; what else there is in the way shows when a step is recorded."""
+    if loaded.device.type != "cuda":
+        return False
     placed = set(getattr(loaded.model, "hf_device_map", {"": loaded.device}).values())
-    split = any(hasattr(parameter, "device_mesh") for parameter in loaded.model.parameters())
-    return loaded.device.type == "cuda" and len(placed) == 1 and not split
+    return len(placed) == 1 and not any(hasattr(parameter, "device_mesh") for parameter in loaded.model.parameters())
