@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from checkpoints import write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import completions, drain, open_engine, random_prompts, requests
 from test_kernels import definition, make
 
+from llama_infer import Pipeline
 from llama_infer.layout import Layout, Span
 from llama_infer.models import kernels
 from llama_infer.models.native import attention as native
@@ -110,3 +113,23 @@ def test_what_it_does_not_take():
     for key, heads in ((SOME.float(), 1), (SOME[..., :24], 1), (SOME, 513)):
         query = key.expand(1, heads, 1, key.shape[3])
         assert not native.prefills(query, key, key)
+
+
+@tiled
+@pytest.mark.parametrize("quantization", ["packed", "int8"])
+def test_an_answer_in_bfloat16_is_the_same_in_any_batch(tmp_path, quantization):
+    """Tokens and logprobs, to the bit: layers, norms, attention and the sums over the vocabulary each treat a row by
+    itself, whatever is fed beside it."""
+    write_checkpoint(tmp_path, hidden_size=128, dtype="bfloat16")
+    pipe = Pipeline(str(tmp_path), quantization=quantization, device="cpu", stopping=("length",), prefix_cache=0)
+    prompts = [[7] * 3, *random_prompts(11, seed=1, longest=90), [5] * 150]
+    asked = requests(prompts, max_new_tokens=9, temperature=0.8)
+    alone = [next(iter(pipe.run([request]))) for request in asked]
+    for rows in (13, 5):
+        engine = open_engine(pipe.replace(batch_size=rows))
+        for request in asked:
+            engine.add(request)
+        found = completions(drain(engine))
+        for one in alone:
+            assert found[one.request.id].token_ids == one.token_ids
+            assert len(one.logprobs) == 9 and found[one.request.id].logprobs == one.logprobs
