@@ -27,6 +27,8 @@ logger = logging.getLogger("llama_infer")
 
 # NaN and infinity keep their meaning. OpenMP is torch's: a second one would compete with it, so none is linked.
 _COMPILE = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-trapping-math", "-fno-math-errno"]
+if platform.machine().lower() in ("x86_64", "amd64"):
+    _COMPILE.append("-mprefer-vector-width=512")  # compilers stop at half of it where the processor has all
 _FAST = [*_COMPILE, "-fassociative-math", "-fno-signed-zeros"]  # sums may be reordered, which makes vectors of them
 _EXACT = [*_COMPILE, "-ffp-contract=off"]
 

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 #include "../../exponential.h"
 
 namespace {
@@ -58,6 +62,23 @@ inline Quad sums(Lanes a, Lanes b, Lanes c, Lanes d) {
     return (quads[0] + quads[1]) + (quads[2] + quads[3]);
 }
 #endif
+#endif
+
+#if defined(__AVX512BF16__) && defined(LLAMA_INFER_LANES)
+#define LLAMA_INFER_PAIRS
+// Of a query and four keys in bfloat16, pairs of numbers at a time.
+template <int DIM>
+inline void scores(const BFloat16* query, const BFloat16* const* keys, float scale, float* found) {
+    Lanes each[4];
+    for (int t = 0; t < 4; t++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int d = 0; d < DIM; d += 32)
+            sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(query + d), (__m512bh)_mm512_loadu_si512(keys[t] + d));
+        each[t] = (Lanes)sum;
+    }
+    Quad quad = sums(each[0], each[1], each[2], each[3]) * scale;
+    std::memcpy(found, &quad, sizeof quad);
+}
 #endif
 
 // Of a query and four keys.
@@ -113,6 +134,14 @@ void attend(const T* q, const T* k, const T* v, T* out, int64_t first, int64_t e
             const int count = int(std::min<int64_t>(TILE, end - start));
             for (int t = 0; t < count; t += 4) {
                 fetch<T, DIM>(v + (start + t) * DIM);
+#ifdef LLAMA_INFER_PAIRS
+                if constexpr (sizeof(T) == 2 && DIM % 32 == 0) {
+                    const BFloat16* keys[4];
+                    for (int i = 0; i < 4; i++) keys[i] = k + std::min(start + t + i, end - 1) * DIM;
+                    for (int g = 0; g < heads; g++) scores<DIM>(q + (g0 + g) * DIM, keys, scale, weights[g] + t);
+                    continue;
+                }
+#endif
                 four<T, DIM>(k, start + t, end, some);
                 for (int g = 0; g < heads; g++) scores<DIM>(query[g], some, weights[g] + t);
             }
