@@ -80,7 +80,10 @@ def apply(logits: Tensor, batch: Batch, changes: Sequence[Change]) -> Tensor:
     """The logits [R, V] after the changes, in place."""
     if batch.width == 0:
         return logits
-    changes = [Change(kind, by.to(logits.dtype), first) for kind, by, first in changes]
+    changes = [
+        Change(kind, by.to(logits.dtype).contiguous(), None if first is None else first.contiguous())
+        for kind, by, first in changes
+    ]
     kernels = _kernels(logits)
     if kernels is not None:
         listed = [_Change(_KINDS.index(kind), by.data_ptr(), _address(first)) for kind, by, first in changes]

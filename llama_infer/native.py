@@ -1,8 +1,8 @@
 """Compiles our C++ at first use, where the machine has a compiler; without one torch's operators serve.
 
-Each ``.cpp`` lies beside the Python that calls it. It is compiled once on a machine, for its processor, in a second or
-two, and kept in the user's cache folder. Without a compiler or a folder of one's own, or with ``LLAMA_INFER_NATIVE=0``,
-there are no kernels of ours.
+Each ``.cpp`` lies beside the Python that calls it. It is compiled once on a machine, for its processor, in one to ten
+seconds, and kept in the user's cache folder. Without a compiler or a folder of one's own, or with
+``LLAMA_INFER_NATIVE=0``, there are no kernels of ours.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
@@ -31,6 +32,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     _COMPILE.append("-mprefer-vector-width=512")  # compilers stop at half of it where the processor has all
 _FAST = [*_COMPILE, "-fassociative-math", "-fno-signed-zeros"]  # sums may be reordered, which makes vectors of them
 _EXACT = [*_COMPILE, "-ffp-contract=off"]
+_PATIENCE = 60  # seconds for a step
 
 
 @functools.cache
@@ -61,7 +63,8 @@ def function(name: str, function: str, arguments: Sequence[Any], returns: Any = 
     """One function of ``name``.cpp, whose types are declared at the first call; None where it cannot be had."""
     found = getattr(library(name), function, None)
     if found is not None and found.argtypes is None:
-        found.argtypes, found.restype = tuple(arguments), returns
+        found.restype = returns
+        found.argtypes = tuple(arguments)  # the last, because it tells other threads that both are there
     return found
 
 
@@ -69,8 +72,21 @@ def _build(command: list[str], source: Path, built: Path) -> None:
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         compiled, linked = f"{folder}/{source.stem}.o", f"{folder}/{source.stem}.so"
         for step in ([*command, "-c", str(source), "-o", compiled], [command[0], "-shared", compiled, "-o", linked]):
-            subprocess.run(step, check=True, capture_output=True, timeout=60)
+            _run(step)
         os.replace(linked, built)
+
+
+def _run(command: list[str]) -> None:
+    """Raises where it fails or takes too long; what it has started itself ends with it."""
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True) as process:
+        try:
+            status = process.wait(_PATIENCE)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if status:
+        raise subprocess.CalledProcessError(status, command)
 
 
 def _folder() -> Path | None:

@@ -248,3 +248,39 @@ def test_layers_that_do_not_fit_are_refused(tmp_path, kind, absent):
         return
     with pytest.raises(LoadingError, match="model.layers.1.mlp.up_proj"):
         Pipeline(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("qweight", lambda held: held.short(), r"qweight \[16, 128\] I16"),
+        ("qzeros", lambda held: held.float(), r"qzeros \[4, 16\] F32"),
+        ("scales", lambda held: held.int(), r"scales \[4, 128\] I32"),
+        ("g_idx", lambda held: held.float(), r"g_idx \[128\] F32"),
+        ("weight", lambda _: torch.zeros(128, 128), r"weight \[128, 128\] F32, qweight"),
+        ("g_idx", lambda held: held - 1, "g_idx in .* names groups from -1 to 2, and the layer has 4"),
+        ("g_idx", lambda held: held.long() + 1, "names groups from 1 to 4, and the layer has 4"),
+    ],
+)
+def test_layers_of_other_types_or_groups_are_refused(tmp_path, kind, change, message):
+    """What would load, as other weights."""
+    write_checkpoint(tmp_path, hidden_size=128, dtype="float16")
+    quantise(tmp_path, "gptq")
+    held = load_file(tmp_path / "model.safetensors")
+    name = f"model.layers.1.self_attn.q_proj.{kind}"
+    held[name] = change(held.get(name)).contiguous()
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LoadingError, match=f"model.layers.1.self_attn.q_proj.*{message}"):
+        Pipeline(str(tmp_path), device="cpu")
+
+
+def test_three_bits_that_fill_no_words_are_refused(tmp_path):
+    write_checkpoint(tmp_path, hidden_size=128, dtype="float16")
+    quantise(tmp_path, "gptq", 3)
+    held = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj"
+    held[f"{name}.qweight"] = held[f"{name}.qweight"][:-1].clone()
+    held[f"{name}.g_idx"] = held[f"{name}.g_idx"][: len(held[f"{name}.qweight"]) * 32 // 3].clone()
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LoadingError, match=f"{name} is no layer of gptq: it has qweight .11, 128. I32"):
+        Pipeline(str(tmp_path), device="cpu")

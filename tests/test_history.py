@@ -193,3 +193,13 @@ def test_neighbours_are_joined_and_others_stay_where_they_are():
     assert Chain([halved], Greedy()).scores(logits, batch).tolist() == [[0, 2, 1.5], [0, 4, 1.5]]
     assert Chain([repetition, frequency], Greedy()).scores(logits, batch).tolist() == [[0, 3, 3], [0, 8, 3]]
     assert joined[0](logits.clone(), batch).tolist() == [[0, 3, 3], [0, 8, 3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_of_rows_that_do_not_lie_side_by_side(dtype):
+    batch = Batch.of([[1, 2, 3], [4, 5], [6, 1, 1, 2]])
+    logits = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    column, places = torch.full((3, 2), 1.25, dtype=dtype)[:, 0], torch.tensor([[0, 7], [1, 7], [2, 7]])[:, 0]
+    for by, first in ((column, places), (column[:1].expand(3), places[:1].expand(3))):
+        found = apply(logits.clone(), batch, [Change("scale", by, first)])
+        assert torch.equal(found, apply(logits.clone(), batch, [Change("scale", by.clone(), first.clone())]))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 
 import pytest
 import torch
@@ -102,6 +104,27 @@ def test_it_is_compiled_once(fresh, tmp_path):
     made = built.stat().st_mtime_ns
     library.cache_clear()
     assert library(NATIVE) is not None and built.stat().st_mtime_ns == made
+
+
+def test_a_compiler_that_takes_too_long_is_ended_with_all_that_it_has_started(fresh, tmp_path):
+    """Each of them holds the writing end of a pipe as long as it runs."""
+    compiler, pipe = tmp_path / "compiler", tmp_path / "pipe"
+    compiler.write_text(f"#!/bin/sh\nexec > {pipe}\nsleep 60 &\nwait\n")
+    compiler.chmod(0o700)
+    os.mkfifo(pipe)
+    fresh.setenv("CXX", str(compiler))
+    fresh.setattr("llama_infer.native._PATIENCE", 0.5)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert library(NATIVE) is None
+        for _ in range(100):
+            with contextlib.suppress(BlockingIOError):  # nothing to read, and somebody who might write
+                assert os.read(reader, 1) == b""
+                return
+            time.sleep(0.05)
+    finally:
+        os.close(reader)
+    raise AssertionError("one still runs")
 
 
 @pytest.mark.parametrize("why", ["switched off", "no compiler", "compiler fails", "others can write", "no folder"])

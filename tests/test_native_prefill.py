@@ -16,7 +16,7 @@ from llama_infer.models import kernels
 from llama_infer.models.native import attention as native
 
 SOME = torch.zeros(1, 1, 1, 32, dtype=torch.bfloat16)
-tiled = pytest.mark.skipif(not native.prefills(SOME, SOME, SOME), reason="no C++ compiler, or no tiles")
+tiled = pytest.mark.skipif(not native.prefills(SOME, SOME, SOME, None), reason="no C++ compiler, or no tiles")
 spans = st.lists(
     st.builds(Span, st.sampled_from([0, 1, 63, 70, 127, 200]), st.sampled_from([0, 1, 2, 9, 40, 140]), st.just(True)),
     min_size=1,
@@ -109,10 +109,11 @@ def test_what_is_not_finite_stays_so_and_in_its_row(bad, where):
 
 
 def test_what_it_does_not_take():
-    """Other types, other sizes of heads, groups that are too large."""
-    for key, heads in ((SOME.float(), 1), (SOME[..., :24], 1), (SOME, 513)):
+    """Other types, other sizes of heads, groups that are too large, scores that are turned round."""
+    cases = (SOME.float(), 1, None), (SOME[..., :24], 1, None), (SOME, 513, None), (SOME, 1, 0.0), (SOME, 1, -0.5)
+    for key, heads, scaling in cases:
         query = key.expand(1, heads, 1, key.shape[3])
-        assert not native.prefills(query, key, key)
+        assert not native.prefills(query, key, key, scaling)
 
 
 @tiled

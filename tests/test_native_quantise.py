@@ -63,6 +63,13 @@ def test_what_is_not_finite_is_seen(function, bad):
     assert torch.equal(scale[:3], clean["scale"][:3]) and torch.equal(scale[:, 2], clean["scale"][:, 2])
 
 
+@pytest.mark.parametrize("function", [pytest.param(quantise, marks=compiled), quantise_plainly])
+def test_a_span_that_float32_does_not_hold_is_seen(function):
+    weight = random(5, 384)
+    weight[3, 200:202] = torch.tensor([3e38, -3e38])
+    assert function(weight, 64)["scale"].isnan().nonzero().tolist() == [[3, 1]]
+
+
 @compiled
 def test_what_does_not_fit_is_refused():
     for weight in (torch.zeros(2, 96), torch.zeros(2, 128, dtype=torch.bfloat16)):

@@ -120,7 +120,7 @@ def _packed_attention(
     if run is not None:
         native.attend(run, tokens, key, value, out, layout, sliding_window, scaling)
         pieces = [piece for piece in pieces if layout.spans[piece.first].new > 1]
-    if pieces and kernel == "sdpa" and native.prefills(query, key, value):
+    if pieces and kernel == "sdpa" and native.prefills(query, key, value, scaling):
         native.prefill(tokens, key, value, out, layout, sliding_window, scaling)
         pieces = ()
     for piece in pieces:

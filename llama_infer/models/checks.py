@@ -72,19 +72,18 @@ def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> Checkpoin
     """
     config = check_config(folder, trust_remote_code)
     weights, index = _weight_files(folder, config)
-    shapes: dict[str, list[int]] = {}
-    dtypes: list[str] = []
+    tensors: dict[str, tuple[str, list[int]]] = {}
     for path in weights:
         held = read_header(path)
         for name, file in index.items():
             if file == path and name not in held:
                 raise LoadingError(f"{path} lacks the tensor {name!r} that the index promises: download it again")
-        shapes.update({name: shape for name, (_, shape) in held.items()})
-        dtypes += [dtype for dtype, _ in held.values()]
-    rows = _embedding_rows(folder, config, shapes)
+        tensors.update(held)
+    dtypes = [dtype for dtype, _ in tensors.values()]
+    rows = _embedding_rows(folder, config, {name: shape for name, (_, shape) in tensors.items()})
     common = max(set(dtypes), key=dtypes.count) if dtypes else ""
     checkpoint = Checkpoint(folder, config, tuple(weights), _DTYPES.get(common), rows)
-    return replace(checkpoint, numbers=_numbers(checkpoint, shapes))
+    return replace(checkpoint, numbers=_numbers(checkpoint, tensors))
 
 
 def check_config(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -224,12 +223,13 @@ def _no_weights(folder: Path) -> LoadingError:
     return LoadingError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX} is there (pickles never count)")
 
 
-def _numbers(checkpoint: Checkpoint, shapes: Mapping[str, list[int]]) -> int | None:
+def _numbers(checkpoint: Checkpoint, tensors: Mapping[str, tuple[str, list[int]]]) -> int | None:
+    shapes = {name: shape for name, (_, shape) in tensors.items()}
     if checkpoint.quantization is None:
         return sum(map(math.prod, shapes.values()))
     described = checkpoint.config["quantization_config"]
     if checkpoint.quantization in gptq.METHODS:
-        return gptq.check_packed(checkpoint.folder, described, shapes)
+        return gptq.check_packed(checkpoint.folder, checkpoint.weights, described, tensors)
     if checkpoint.quantization != COMPRESSED:
         return None
     groups = _mapping(described.get("config_groups")).values()

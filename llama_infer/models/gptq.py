@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 METHODS = ("gptq", "awq")
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
+_DTYPES = {"qweight": ("I32",), "qzeros": ("I32",), "scales": ("F16", "BF16", "F32"), "g_idx": ("I32", "I64")}
 _FORMATS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
 _BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
 _READER = "llama_infer_integers"
@@ -36,10 +37,12 @@ _BLOCK = 1 << 22
 """Weights that are unpacked at a time."""
 
 
-def check_packed(folder: Path, described: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> int:
-    """How many weights a checkpoint's tensors stand for, from their shapes.
+def check_packed(
+    folder: Path, files: Iterable[Path], described: Mapping[str, Any], tensors: Mapping[str, tuple[str, list[int]]]
+) -> int:
+    """How many weights a checkpoint's tensors stand for, from their dtypes and shapes.
 
-    Raises UnsupportedError for a format or a number of bits that is not known, LoadingError for shapes that do not fit.
+    Raises UnsupportedError for an unknown format or number of bits, LoadingError for tensors that do not fit.
     """
     method = str(described["quant_method"])
     form, bits = _format(described), described.get("bits")
@@ -49,9 +52,11 @@ def check_packed(folder: Path, described: Mapping[str, Any], shapes: Mapping[str
     if bits not in _BITS[method]:
         known = ", ".join(map(str, _BITS[method]))
         raise UnsupportedError(f"{folder} is quantised by {method} in {bits!r} bits; known: {known}")
-    numbers = sum(math.prod(shape) for name, shape in shapes.items() if name.endswith((".weight", ".bias")))
-    layers = {name.rpartition(".")[0] for name in shapes if name.rpartition(".")[2] in PACKED[:3]}
-    return numbers + sum(_size(described, layer, shapes) for layer in layers)
+    numbers = sum(math.prod(shape) for name, (_, shape) in tensors.items() if name.endswith((".weight", ".bias")))
+    layers = {name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in PACKED[:3]}
+    numbers += sum(_size(described, layer, tensors) for layer in layers)
+    _check_groups(files, {f"{layer}.g_idx": tensors[f"{layer}.scales"][1][0] for layer in layers})
+    return numbers
 
 
 def unpack(held: Mapping[str, Tensor], described: Mapping[str, Any], dtype: Any) -> Tensor:
@@ -165,23 +170,38 @@ def _format(described: Mapping[str, Any]) -> str:
     return str(found or ("gemm" if awq else "gptq")).lower()
 
 
-def _size(described: Mapping[str, Any], layer: str, shapes: Mapping[str, list[int]]) -> int:
+def _size(described: Mapping[str, Any], layer: str, tensors: Mapping[str, tuple[str, list[int]]]) -> int:
     """How many weights a layer has."""
     method = str(described["quant_method"])
-    words, zeros, scales = (shapes.get(f"{layer}.{name}", []) for name in ("qweight", "qzeros", "scales"))
-    if len(words) == len(zeros) == len(scales) == 2 and words[0] and scales[0] and scales[1]:
+    found = {kind: tensors[f"{layer}.{kind}"] for kind in ("weight", *PACKED) if f"{layer}.{kind}" in tensors}
+    shapes = {kind: shape for kind, (dtype, shape) in found.items() if dtype in _DTYPES.get(kind, ())}
+    words, zeros, scales = (shapes.get(kind, []) for kind in PACKED[:3])
+    if shapes.keys() == found.keys() and len(words) == len(zeros) == len(scales) == 2 and words[0] and all(scales):
         bits, odd = divmod(32 * zeros[1], scales[1])
-        if not odd and bits in _BITS[method]:
+        if not odd and bits in _BITS[method] and not words[0] * 32 % bits:
             inputs, outputs = (words[0] * 32 // bits, words[1]) if method == "gptq" else (words[0], words[1] * 8)
-            index = shapes.get(f"{layer}.g_idx")
+            index = shapes.get("g_idx")
             in_order = not described.get("desc_act") and not inputs % scales[0]
             grouped = index == [inputs] if index is not None else in_order
             if grouped and outputs == scales[1] and zeros[0] == scales[0]:
                 return inputs * outputs
-    raise LoadingError(
-        f"{layer} is no layer of {method}: its qweight is {words}, its qzeros {zeros}, its scales {scales}: "
-        "download the checkpoint again"
-    )
+    held = ", ".join(f"{kind} {shape} {dtype}" for kind, (dtype, shape) in found.items())
+    raise LoadingError(f"{layer} is no layer of {method}: it has {held}: download the checkpoint again")
+
+
+def _check_groups(files: Iterable[Path], counts: Mapping[str, int]) -> None:
+    """Refuses an index of inputs, by name, that names a group beyond so many."""
+    from safetensors import safe_open
+
+    for path in files:
+        with safe_open(path, framework="np") as held:
+            for name in counts.keys() & set(held.keys()):
+                index = held.get_tensor(name)
+                if index.min() < 0 or index.max() >= counts[name]:
+                    raise LoadingError(
+                        f"{name} in {path} names groups from {index.min()} to {index.max()}, and the layer has "
+                        f"{counts[name]}: download the checkpoint again"
+                    )
 
 
 def _stream(words: Tensor, bits: int) -> Tensor:

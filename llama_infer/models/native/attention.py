@@ -60,10 +60,11 @@ def attend(
     )
 
 
-def prefills(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether :func:`prefill` can be used for such tensors."""
+def prefills(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> bool:
+    """Whether :func:`prefill` can be used for such tensors. It takes maxima before it scales, so by what is above 0."""
     return (
-        key.dtype == torch.bfloat16
+        (scaling is None or scaling > 0)
+        and key.dtype == torch.bfloat16
         and key.shape[3] in _TILED
         and query.shape[1] // key.shape[1] <= 512
         and kernel(query, key, value) is not None

@@ -4,14 +4,11 @@
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
 #include "integer.h"
-
-#ifdef __AMX_INT8__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "tiles.h"
 
 #include <cstdlib>
 #include <memory>
+#include <optional>
 
 namespace {
 
@@ -55,18 +52,7 @@ void few(const Tokens& tokens, int64_t row, const uint8_t* block, float (*total)
     }
 }
 
-#ifdef __AMX_INT8__
-bool amx_allowed() {
-    static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
-    return allowed;
-}
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t width[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
+#ifdef LLAMA_INFER_TILES
 // Sums of 16 tokens by 16 outputs, four times: two of tokens by two of outputs.
 struct alignas(64) Sums {
     int32_t of[4][16][16];
@@ -125,7 +111,7 @@ void tiles(const Tokens& tokens, int64_t row, const uint8_t* block, int8_t* pane
                 const int8_t* x = tokens.tiles(row) + span * 2048 + half * 1024;
                 const int8_t* w = panel ? panel + span * BLOCK * SPAN : (const int8_t*)record;
                 w += pair * 2048 + half * 1024;
-                __asm__ volatile("" ::: "memory");  // the intrinsics do not say that they read memory
+                written();
                 _tile_loadd(4, x, 64);
                 _tile_loadd(6, w, 64);
                 _tile_loadd(7, w + 2048, 64);
@@ -173,9 +159,7 @@ bool linear(const T* x, const uint8_t* weight, const T* bias, T* y, int64_t rows
     const int64_t spans = (width + SPAN - 1) / SPAN, blocks = (outputs + BLOCK - 1) / BLOCK;
     // As many rows at a time as leave half of a usual L2 cache to the weights.
     const int64_t most = std::max<int64_t>(32, (int64_t(1) << 20) / (spans * SPAN) / 32 * 32);
-#ifdef __AMX_INT8__
-    const bool amx = rows > FEW && amx_allowed();
-#endif
+    const bool amx = rows > FEW && have_tiles();
     static thread_local Scratch memory;
     for (int64_t begin = 0; begin < rows; begin += most) {
         const int64_t count = std::min(most, rows - begin);
@@ -187,15 +171,15 @@ bool linear(const T* x, const uint8_t* weight, const T* bias, T* y, int64_t rows
 #pragma omp parallel
         {
             alignas(64) float total[32][BLOCK];
-#ifdef __AMX_INT8__
+#ifdef LLAMA_INFER_TILES
             static thread_local Scratch own;
             int8_t* panel = nullptr;
-            const TileConfig config;
             if (amx && F::QUAD < 16 * SPAN) panel = (int8_t*)own.at_least(spans * BLOCK * SPAN);
             const bool tiled = amx && (panel || F::QUAD == 16 * SPAN);  // else the other way, to the same numbers
-            if (tiled) _tile_loadconfig(&config);
+            std::optional<Tiles> shaped;
+            if (tiled) shaped.emplace();
 #else
-            const bool tiled = false;
+            const bool tiled = amx;
 #endif
 #pragma omp for schedule(static)
             for (int64_t b = 0; b < blocks; b++) {
@@ -203,7 +187,7 @@ bool linear(const T* x, const uint8_t* weight, const T* bias, T* y, int64_t rows
                 for (int64_t row = 0; row < count;) {
                     int64_t done = std::min<int64_t>(tiled ? 32 : FEW, count - row);
                     std::memset(total, 0, done * sizeof(*total));
-#ifdef __AMX_INT8__
+#ifdef LLAMA_INFER_TILES
                     if (tiled) (count > 32 ? tiles<F, false> : tiles<F, true>)(tokens, row, block, panel, total);
 #endif
                     if (!tiled) switch (done) {
@@ -220,9 +204,6 @@ bool linear(const T* x, const uint8_t* weight, const T* bias, T* y, int64_t rows
                     row += done;
                 }
             }
-#ifdef __AMX_INT8__
-            if (tiled) _tile_release();
-#endif
         }
     }
     return true;

@@ -6,14 +6,10 @@
 #include <cstdlib>
 
 #include "numbers.h"
+#include "tiles.h"
 
 #ifdef __AVX512F__
 #include <immintrin.h>
-#endif
-#if defined(__AMX_BF16__) && defined(__linux__)
-#define LLAMA_INFER_TILES
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace {
@@ -134,33 +130,13 @@ constexpr int64_t MOST_ROWS = 256, INNER = 1024;  // of a pass over the weights;
 constexpr int64_t CHUNK = 1 << 19;  // inputs, of all rows of a pass, that stay in the second cache
 constexpr int64_t LARGE = 1 << 18;  // outputs that do not
 
-// The processor's tiles: 0-3 sums, 4-5 inputs, 6-7 weights.
-struct alignas(64) Shapes {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    explicit Shapes(int64_t upper) { rows[0] = rows[1] = rows[4] = uint8_t(upper); }
-};
-
-// A thread's tiles; in the end as they were, for oneDNN keeps its own from call to call.
-class Tiles {
-  public:
-    explicit Tiles(int64_t upper) {
-        _tile_storeconfig(before_);
-        const Shapes shapes(upper);
-        _tile_loadconfig(&shapes);
-    }
-    ~Tiles() { _tile_loadconfig(before_); }
-
-  private:
-    alignas(64) char before_[64];
-};
-
-// 32 outputs of up to 32 rows, LOWER: of more than 16: adds `steps` * WIDE products to the sums, four tiles. Of weights
-// that are needed soon, LINES of each step's 32 lines are asked for: where there are more rows, they share the asking.
+// 32 outputs of up to 32 rows, LOWER: of more than 16: adds `steps` * WIDE products to the sums, four tiles (0 to 3; 4
+// and 5 are inputs, 6 and 7 weights). Of weights that are needed soon, LINES of each step's 32 lines are asked for: where
+// there are more rows, they share the asking.
 template <bool LOWER, int LINES>
 void products(const Half* w, int64_t pair, const Half* x, const Half* below, int64_t steps, bool fresh, float* sums,
               const Half* soon) {
+    written();
     if (fresh) {
         _tile_zero(0);
         _tile_zero(1);
@@ -264,16 +240,6 @@ bool tiled(const Layer& layer, const Half* x, Half* y, int64_t rows) {
     return true;
 }
 #endif
-
-// Whether the processor multiplies tiles; the system grants them to a process that asks.
-bool have_tiles() {
-#ifdef LLAMA_INFER_TILES
-    static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-    return granted;
-#else
-    return false;
-#endif
-}
 
 }  // namespace
 

@@ -7,15 +7,7 @@
 #include <cstdlib>
 
 #include "numbers.h"
-
-#ifdef __AMX_BF16__
-#include <immintrin.h>
-#endif
-#if defined(__AMX_BF16__) && defined(__linux__)
-#define LLAMA_INFER_TILES
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "tiles.h"
 
 #ifdef LLAMA_INFER_TILES
 namespace {
@@ -33,26 +25,6 @@ struct Call {
 // New tokens of one row and one KV head: `count` from position `at` on, `token` being the first's place in the call.
 struct Block {
     int64_t row, head, token, at, count;
-};
-
-struct alignas(64) Shapes {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// A thread's tiles; in the end as they were, for oneDNN keeps its own from call to call.
-class Tiles {
-  public:
-    Tiles() {
-        const Shapes shapes;
-        _tile_storeconfig(before_);
-        _tile_loadconfig(&shapes);
-    }
-    ~Tiles() { _tile_loadconfig(before_); }
-
-  private:
-    alignas(64) char before_[64];
 };
 
 // Sixteen times sixteen numbers, line i to column i. Strides in numbers.
@@ -145,6 +117,7 @@ void turn(const Half* values, int64_t count, Work<DIM>& work) {
 // The scores of QUERIES queries and `count` keys.
 template <int DIM>
 void compare(const Half* keys, int64_t count, const Half (*query)[DIM / 2][SIDE][2], Work<DIM>& work) {
+    written();
     for (int64_t t = 0; t < count; t += 2 * SIDE) {
         _tile_zero(0);
         _tile_zero(1);
@@ -207,6 +180,7 @@ void weigh(const Call& call, int half, int32_t start, int64_t count, const Sight
 // What `count` keys' weights make of their values is added to what QUERIES queries have gathered.
 template <int DIM>
 void gather(float (*out)[DIM][SIDE], int64_t count, Work<DIM>& work) {
+    written();
     for (int d = 0; d < DIM; d += 2 * SIDE) {
         _tile_loadd(0, out[0][d], 64);
         _tile_loadd(1, out[1][d], 64);
@@ -318,15 +292,7 @@ bool all(const Call& call, const int64_t* where, int64_t rows) {
 }  // namespace
 #endif
 
-// Whether the processor multiplies tiles; the system grants them to a process that asks.
-extern "C" bool available() {
-#ifdef LLAMA_INFER_TILES
-    static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-    return granted;
-#else
-    return false;
-#endif
-}
+extern "C" bool available() { return have_tiles(); }
 
 // q and out [N, heads * group, dim]; k and v as they lie in the cache. False: there is no memory, or no such kernel.
 extern "C" bool prefill(const Half* q, const Half* k, const Half* v, Half* out, const int64_t* where, int64_t rows,

@@ -99,12 +99,13 @@ struct Spans {
             for (int i = 0; i < GROUP; i++) {
                 low[g] = least(low[g], x[g * GROUP + i]);
                 high[g] = most(high[g], x[g * GROUP + i]);
-                odd += x[g * GROUP + i] * 0;  // NaN, should one of them be, or infinity
+                odd += x[g * GROUP + i] * 0;  // NaN, should one of them be, or infinity, or their span
             }
             bottom = least(bottom, low[g]);
             top = most(top, high[g]);
             widest = most(widest, high[g] - low[g]);
         }
+        odd += widest * 0;
         const Lanes enough = most(most(top / TOP, bottom / BOTTOM), all(1e-30f));
         for (int count = 11; count <= 15; count++) {
             Lanes by = most(widest / float(15 * count), enough);
