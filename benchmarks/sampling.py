@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "eta_cutoff 3e-4": {"eta_cutoff": 3e-4},
     "typical_p 0.9": {"typical_p": 0.9},
     "top_n_sigma 1": {"top_n_sigma": 1.0},
+    "XTC 0.5": {"xtc_probability": 0.5, "xtc_threshold": 0.1},
     "command line defaults": {"temperature": 0.2, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1},
     "three penalties": {
         "temperature": 0.0,

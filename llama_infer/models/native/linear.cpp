@@ -126,7 +126,7 @@ void vectors(const Layer& layer, const Half* w, const Half* x, Half* y, int64_t 
 }
 
 #ifdef LLAMA_INFER_TILES
-constexpr int64_t MOST_ROWS = 256, INNER = 1024;  // of a pass over the weights; inputs whose weights stay in the first cache
+constexpr int64_t MOST_ROWS = 256, INNER = 1024;  // of a pass over the weights; inputs before sums are put aside
 constexpr int64_t CHUNK = 1 << 19;  // inputs, of all rows of a pass, that stay in the second cache
 constexpr int64_t LARGE = 1 << 18;  // outputs that do not
 
