@@ -7,9 +7,21 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from llama_infer.models.loaders import AutoLoader
+from llama_infer.parts import LoadedModel, Source
 from llama_infer.testing import byte_tokenizer, tiny_llama
 
 GENERATION = {"temperature": 0.6, "top_p": 0.9, "do_sample": True, "bos_token_id": 256, "eos_token_id": [257, 260]}
+
+
+IDS = torch.tensor([[256, 72, 101, 108, 108, 111]])
+
+
+def load(model: Path | str, **options: Any) -> LoadedModel:
+    """What the loader makes of it."""
+    return AutoLoader()(Source(str(model), **options))
 
 
 def write_checkpoint(folder: Path, *, tokenizer: bool = True, max_shard_size: str = "1GB", **tiny: Any) -> Path:

@@ -24,18 +24,8 @@ from llama_infer.parts import Source
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checks") / "whole")
-
-
-@pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("checks") / "sharded", max_shard_size="40KB")
-
-
-@pytest.fixture
-def folder(whole, tmp_path):
-    return Path(shutil.copytree(whole, tmp_path / "model"))
 
 
 @pytest.fixture

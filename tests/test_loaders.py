@@ -5,41 +5,21 @@ from __future__ import annotations
 import io
 import json
 import logging
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import edit_header, edit_json, write_checkpoint
+from checkpoints import IDS, edit_header, edit_json, load, write_checkpoint
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llama_infer.errors import LoadingError, UnsupportedError
 from llama_infer.models import loaders
-from llama_infer.models.loaders import AutoLoader
 from llama_infer.parts import Source
 from llama_infer.registry import register
 from llama_infer.testing import tiny_llama
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("loaders") / "whole")
-
-
-@pytest.fixture
-def folder(whole, tmp_path):
-    return Path(shutil.copytree(whole, tmp_path / "model"))
-
-
-def load(model, **options):
-    return AutoLoader()(Source(str(model), **options))
-
-
-IDS = torch.tensor([[256, 72, 101, 108, 108, 111]])
 
 
 @pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": True}, {"max_shard_size": "40KB"}])

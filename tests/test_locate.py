@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
-from checkpoints import edit_json, write_checkpoint
+from checkpoints import IDS, edit_json, load
 
 from llama_infer.errors import LoadingError, UnsupportedError
 from llama_infer.models import locate
-from llama_infer.models.loaders import AutoLoader
-from llama_infer.parts import Source
 from llama_infer.testing import tiny_llama
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("loaders") / "whole")
-
-
-@pytest.fixture
-def folder(whole, tmp_path):
-    return Path(shutil.copytree(whole, tmp_path / "model"))
-
-
-def load(model, **options):
-    return AutoLoader()(Source(str(model), **options))
-
-
-IDS = torch.tensor([[256, 72, 101, 108, 108, 111]])
 
 
 def test_only_local_files(monkeypatch, tmp_path):

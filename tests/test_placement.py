@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
-from checkpoints import edit_json, write_checkpoint
+from checkpoints import IDS, edit_json, load, write_checkpoint
 from oracles import greedy
 
 from llama_infer import Pipeline
 from llama_infer.errors import LoadingError, MissingDependencyError, ParameterError, UnsupportedError
 from llama_infer.models import devices, loaders
-from llama_infer.models.loaders import AutoLoader
-from llama_infer.parts import Source
 from llama_infer.testing import tiny_llama
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("loaders") / "whole")
-
-
-@pytest.fixture
-def folder(whole, tmp_path):
-    return Path(shutil.copytree(whole, tmp_path / "model"))
-
-
-def load(model, **options):
-    return AutoLoader()(Source(str(model), **options))
-
-
-IDS = torch.tensor([[256, 72, 101, 108, 108, 111]])
 
 
 def test_default_dtype_is_bfloat16_and_said(whole):

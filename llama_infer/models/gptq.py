@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..errors import LoadingError, UnsupportedError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 METHODS = ("gptq", "awq")
@@ -132,16 +133,7 @@ def reader() -> str:
                 model.get_parameter(full_layer_name).dtype,
                 self.hf_quantizer.quantization_config.described,
             )
-            layers: dict[str, dict[str, list[Tensor]]] = defaultdict(dict)
-            for name, found in input_dict.items():
-                layer, dot, kind = name.rpartition(".")
-                layers[layer + dot][kind] = found if isinstance(found, list) else [found]
-            whole = {}
-            for layer, held in layers.items():
-                each = [dict(zip(held, tensors, strict=True)) for tensors in zip(*held.values(), strict=True)]
-                whole[f"{layer}weight"] = [
-                    one["weight"].to(dtype) if "weight" in one else unpack(one, described, dtype) for one in each
-                ]
+            whole = _weights(input_dict, described, dtype)
             return {full_layer_name: whole["weight"][0]} if "weight" in whole else whole
 
     @auto.register_quantizer(_READER)
@@ -159,6 +151,21 @@ def reader() -> str:
             return {"dequantize": Unpack}
 
     return _READER
+
+
+def _weights(held: Mapping[str, Any], described: Mapping[str, Any], dtype: torch.dtype) -> dict[str, list[Tensor]]:
+    """The weights by name, of whatever layers transformers gathered the tensors."""
+    layers: dict[str, dict[str, list[Tensor]]] = defaultdict(dict)
+    for name, found in held.items():
+        layer, dot, kind = name.rpartition(".")
+        layers[layer + dot][kind] = found if isinstance(found, list) else [found]
+    whole = {}
+    for layer, kinds in layers.items():
+        each = [dict(zip(kinds, tensors, strict=True)) for tensors in zip(*kinds.values(), strict=True)]
+        whole[f"{layer}weight"] = [
+            one["weight"].to(dtype) if "weight" in one else unpack(one, described, dtype) for one in each
+        ]
+    return whole
 
 
 def _format(described: Mapping[str, Any]) -> str:

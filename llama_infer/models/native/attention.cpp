@@ -12,6 +12,7 @@
 #endif
 
 #include "../../exponential.h"
+#include "numbers.h"
 
 namespace {
 
@@ -21,32 +22,16 @@ struct BFloat16 {
 
 inline float widen(float x) { return x; }
 
-inline float widen(BFloat16 x) {
-    uint32_t bits = uint32_t(x.bits) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, 4);
-    return wide;
-}
+inline float widen(BFloat16 x) { return widen(x.bits); }
 
 inline void narrow(float x, float& to) { to = x; }
 
-inline void narrow(float x, BFloat16& to) {  // to the nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    to.bits = std::isnan(x) ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
+inline void narrow(float x, BFloat16& to) { to.bits = narrow(x); }
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define LLAMA_INFER_LANES
-typedef float Lanes __attribute__((vector_size(64)));
 typedef float Quad __attribute__((vector_size(16)));
-
-inline Lanes load(const float* at) {
-    Lanes lanes;
-    std::memcpy(&lanes, at, sizeof lanes);
-    return lanes;
-}
 
 // The sums of four vectors' sixteen numbers each, side by side: a third of the instructions of four sums.
 inline Quad sums(Lanes a, Lanes b, Lanes c, Lanes d) {
@@ -90,7 +75,6 @@ void gather(const BFloat16* values, int count, const float (*weights)[64], float
     for (int t = 0; t < count; t++, values += DIM, soon += DIM) {
         for (int d = 0; d < DIM; d += 32) {
             __builtin_prefetch(soon + d);
-            typedef uint32_t Words __attribute__((vector_size(64)));
             Words pairs;
             std::memcpy(&pairs, values + d, sizeof pairs);
             const Lanes even = (Lanes)(pairs << 16), odd = (Lanes)(pairs & 0xffff0000u);
