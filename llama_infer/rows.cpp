@@ -1,6 +1,7 @@
 // Passes over whole rows of logits, one for each result; rows are shared among threads.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -105,6 +106,91 @@ float total(const T* row, float* to, int64_t vocabulary) {
     return float(sum);
 }
 
+// The largest number, and the sum of e to the power of each less the largest; of a row without a finite largest one, that
+// sum is 0, infinite or NaN as the sum of the powers would be.
+double weight(const float* row, int64_t vocabulary, float& most) {
+    auto order = key(bits(row)[0]);
+    for (int64_t start = 0; start < vocabulary; start += CHUNK)
+        order = std::max(order, largest(bits(row) + start, std::min(CHUNK, vocabulary - start)));
+    const int32_t number = order < 0 ? ~order ^ std::numeric_limits<int32_t>::min() : order;
+    std::memcpy(&most, &number, sizeof most);
+    if (!std::isfinite(most)) return most < 0 ? 0 : most;
+    double sum = 0;
+    for (int64_t start = 0; start < vocabulary; start += CHUNK) {
+        auto add = [&](int64_t size) {
+            float part = 0;
+            for (int64_t at = start; at < start + size; at++) part += exponential(row[at] - most);
+            sum += part;
+        };
+        const int64_t size = std::min(CHUNK, vocabulary - start);
+        size == CHUNK ? add(CHUNK) : add(size);
+    }
+    return sum;
+}
+
+// 32 random bits of a stream, those that noise.py draws: SplitMix64.
+inline uint64_t drawn(uint64_t key, int64_t index) {
+    uint64_t x = key + uint64_t(index + 1) * 0x9E3779B97F4A7C15u;
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+    return (x ^ x >> 31) >> 32;
+}
+
+// Such bits as Gumbel noise, within 1e-6 of what numpy makes of the same float.
+inline double gumbel(uint64_t bits) {
+    float fraction = std::min((float(bits) + 0.5f) * 0x1p-32f, 1.f - 0x1p-24f);
+    return -std::log(-std::log1p(-double(fraction)));
+}
+
+// Where the largest of logits plus noise may be: `room` ids at most, ascending, behind the last one repeated. False where
+// that cannot be told, because the logits are not finite or the ids are more. As samplers.py's _draw, which says why.
+bool contenders(const float* row, int64_t vocabulary, uint64_t stream, int64_t room, int64_t* ids) {
+    static thread_local std::vector<int32_t> maxima;
+    static thread_local std::vector<uint64_t> least;
+    const int64_t chunks = (vocabulary + CHUNK - 1) / CHUNK;
+    maxima.resize(chunks), least.resize(chunks);
+    const auto* numbers = bits(row);
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const int64_t start = chunk * CHUNK, size = std::min(CHUNK, vocabulary - start);
+        auto look = [&](int64_t size) {
+            uint64_t lowest = ~uint64_t(0);
+            for (int64_t id = start; id < start + size; id++) lowest = std::min(lowest, drawn(stream, id));
+            maxima[chunk] = largest(numbers + start, size), least[chunk] = lowest;
+        };
+        size == CHUNK ? look(CHUNK) : look(size);
+    }
+    const int64_t first = std::max_element(maxima.begin(), maxima.end()) - maxima.begin();
+    const int64_t lucky = std::min_element(least.begin(), least.end()) - least.begin();
+    if (maxima[first] >= infinity(maxima[first])) return false;
+    int64_t likeliest = first * CHUNK, luckiest = lucky * CHUNK;
+    while (key(numbers[likeliest]) != maxima[first]) likeliest++;
+    while (drawn(stream, luckiest) != least[lucky]) luckiest++;
+    const double peak = row[likeliest], most = gumbel(least[lucky]);
+    if (!std::isfinite(peak)) return false;
+    auto marked = [&](double score) { return score - 1e-3 - 1e-6 * (std::abs(score) + std::abs(peak)); };
+    double mark = marked(std::max(peak + gumbel(drawn(stream, likeliest)), row[luckiest] + most));
+    const double fraction = -std::expm1(-std::exp(std::min(peak - mark, 700.)));
+    const uint64_t limit = uint64_t(std::min(fraction * (1 + 0x1p-22), 1.) * 0x1p32);
+    const float low = float(mark - most);
+    const int32_t bound = key(*bits(&low));
+    int64_t count = 0;
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        if (maxima[chunk] < bound || least[chunk] > limit) continue;
+        for (int64_t id = chunk * CHUNK; id < std::min((chunk + 1) * CHUNK, vocabulary); id++) {
+            if (row[id] < low) continue;
+            const uint64_t noise = drawn(stream, id);
+            if (noise > limit) continue;
+            const double score = row[id] + gumbel(noise);
+            if (score < mark) continue;
+            if (count == room) return false;
+            ids[count++] = id;
+            mark = std::max(mark, marked(score));
+        }
+    }
+    for (int64_t at = count; at < room; at++) ids[at] = ids[count - 1];
+    return true;
+}
+
 }  // namespace
 
 #define KERNEL(T)                                                                                                    \
@@ -123,8 +209,23 @@ extern "C" void totals(float* logits, int64_t rows, int64_t vocabulary, float* s
         sums[row] = total(logits + row * vocabulary, logits + row * vocabulary, vocabulary);
 }
 
+extern "C" void weights(const float* logits, int64_t rows, int64_t vocabulary, float* largest, double* sums) {
+#pragma omp parallel for if (rows * vocabulary > ALONE)
+    for (int64_t row = 0; row < rows; row++)
+        sums[row] = weight(logits + row * vocabulary, vocabulary, largest[row]);
+}
+
 extern "C" void widen(const uint16_t* logits, int64_t rows, int64_t vocabulary, float* sums, float* to) {
 #pragma omp parallel for if (rows * vocabulary > ALONE)
     for (int64_t row = 0; row < rows; row++)
         sums[row] = total(logits + row * vocabulary, to + row * vocabulary, vocabulary);
+}
+
+// A row of -1 where the contenders cannot be told.
+extern "C" void contenders(const float* logits, int64_t rows, int64_t vocabulary, int64_t room, const uint64_t* keys,
+                           int64_t* ids) {
+#pragma omp parallel for if (rows * vocabulary > ALONE)
+    for (int64_t row = 0; row < rows; row++)
+        if (!contenders(logits + row * vocabulary, vocabulary, keys[row], room, ids + row * room))
+            std::fill_n(ids + row * room, room, -1);
 }

@@ -1,4 +1,4 @@
-"""Passes over whole rows of logits: the largest, the likeliest ones, the logarithm of the sum.
+"""Passes over whole rows of logits: the largest, with noise or without, the likeliest ones, the logarithm of the sum.
 
 On the CPU these are most of what a step costs beside the model. ``rows.cpp`` does each in one pass a row; what serves
 without a compiler is beside it.
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .native import library
@@ -19,6 +20,8 @@ from .native import library
 _CHUNKS = (64, 32, 16)
 """How many tokens may share a maximum in the first stage of the search; powers of two."""
 _SMALL = 1e-20
+_ROOM = 16
+"""More than logits and noise that are not made for it leave in doubt."""
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -48,6 +51,17 @@ def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values, ids
 
 
+def contenders(logits: Tensor, keys: NDArray[np.uint64]) -> NDArray[np.int64] | None:
+    """Ids [R, _ROOM], some repeated, among which the largest of logits [R, V] plus the Gumbel noise of the streams
+    ``keys`` [R] is. A row of -1 where it may be elsewhere; None without the kernel."""
+    run = _kernels().get("contenders")
+    if run is None or not _is_plain(logits):
+        return None
+    ids = np.empty((len(keys), _ROOM), dtype=np.int64)
+    run(logits.data_ptr(), *logits.shape, _ROOM, keys.ctypes.data, ids.ctypes.data)
+    return ids
+
+
 def log_total(logits: Tensor) -> Tensor:
     """``logits.logsumexp(-1)`` of [R, V]. On the CPU in one pass a row, without the one for its largest logit, where a
     sum that is neither large nor small shows that nothing was lost by that."""
@@ -61,6 +75,17 @@ def log_total(logits: Tensor) -> Tensor:
         for row, given in enumerate(logits):
             sums[row] = torch.exp(given, out=weights).sum()
     return _log(sums, logits)
+
+
+def weights(logits: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Of each row [R, V]: the largest logit, float32 [R], and ``exp(logit - largest).sum()``, float64 [R], or
+    ``exp(logit).sum()`` where the largest is not finite. None without the kernel."""
+    run = _kernels().get("weights")
+    if run is None or not _is_plain(logits):
+        return None
+    largest, sums = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.float64)
+    run(logits.data_ptr(), *logits.shape, largest.data_ptr(), sums.data_ptr())
+    return largest, sums
 
 
 def widened(logits: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -101,8 +126,12 @@ def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(values), torch.from_numpy(ids)
 
 
+def _is_plain(logits: Tensor) -> bool:
+    return logits.dtype == torch.float32 and logits.is_cpu and logits.is_contiguous()
+
+
 def _kernels() -> dict[Any, Any]:
-    """``likeliest`` by dtype, "totals" and "widen"; empty where they cannot be had."""
+    """``likeliest`` by dtype, the others by name; empty where they cannot be had."""
     return _prepared(library("rows"))
 
 
@@ -115,6 +144,8 @@ def _prepared(compiled: Any) -> dict[Any, Any]:
         torch.float64: (compiled.likeliest_double, 3, 2),
         "totals": (compiled.totals, 2, 1),
         "widen": (compiled.widen, 2, 2),
+        "weights": (compiled.weights, 2, 2),
+        "contenders": (compiled.contenders, 3, 2),
     }
     for run, numbers, addresses in kernels.values():
         run.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * numbers, *[ctypes.c_void_p] * addresses]

@@ -80,16 +80,25 @@ class Categorical:
 
 
 def _draw_from_all(logits: Tensor, batch: Batch) -> Tensor:
+    import numpy as np
     import torch
 
     from . import noise
-    from .rows import argmax
+    from .rows import argmax, contenders
 
     if logits.device.type != "cpu":
-        ids = torch.arange(logits.shape[1], device=logits.device)
-        return argmax(logits + noise.gumbel(batch.uniform(_STREAM, ids)))
+        every_id = torch.arange(logits.shape[1], device=logits.device)
+        return argmax(logits + noise.gumbel(batch.uniform(_STREAM, every_id)))
     keys = _keys(batch)
-    return torch.tensor([_draw(row, keys[at : at + 1]) for at, row in enumerate(logits)])
+    ids = contenders(logits, keys)
+    if ids is None:
+        return torch.tensor([_draw(row, keys[at : at + 1]) for at, row in enumerate(logits)])
+    rows = np.arange(len(ids))
+    noisy = logits.numpy()[rows[:, None], ids] + noise.gumbel_of(noise.bits(keys[:, None], ids.view(np.uint64)))
+    chosen = ids[rows, noisy.argmax(-1)]
+    for row in np.flatnonzero(chosen < 0):
+        chosen[row] = _draw(logits[row], keys[row : row + 1])
+    return torch.from_numpy(chosen)
 
 
 def _draw(logits: Tensor, key: Words) -> int:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_infer import rows
+from llama_infer import noise, rows, samplers
 from llama_infer.native import library
-from llama_infer.rows import argmax, likeliest, log_total, widened
+from llama_infer.rows import argmax, contenders, likeliest, log_total, weights, widened
 
 compiled = pytest.mark.skipif(library("rows") is None, reason="no C++ compiler, or no cache folder of one's own")
 each_way = pytest.mark.parametrize("native", [pytest.param(True, marks=compiled), False])
@@ -44,6 +45,27 @@ def test_the_sum_is_that_in_float64(native, kinds, vocabulary, seed):
     noise = torch.randn(len(kinds), vocabulary, generator=torch.Generator().manual_seed(seed))
     logits = torch.stack([SUMS[kind](row) for kind, row in zip(kinds, noise, strict=True)])
     torch.testing.assert_close(log_total(logits).double(), logits.double().logsumexp(-1), rtol=1e-6, atol=2e-6)
+
+
+@compiled
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.sampled_from(sorted(SUMS)), min_size=1, max_size=4), st.sampled_from([5, 3000]), st.integers(0, 99))
+def test_the_sum_beside_the_largest_is_that_in_float64(kinds, vocabulary, seed):
+    noise = torch.randn(len(kinds), vocabulary, generator=torch.Generator().manual_seed(seed))
+    logits = torch.stack([SUMS[kind](row) for kind, row in zip(kinds, noise, strict=True)])
+    largest, sums = weights(logits)
+    assert torch.equal(largest, logits.amax(-1))
+    torch.testing.assert_close(sums, (logits.double() - largest[:, None]).exp().sum(-1), rtol=4e-7, atol=0)
+
+
+@compiled
+@pytest.mark.parametrize("fault", [math.nan, -math.nan, math.inf])
+def test_a_largest_that_is_not_finite_shows_beside_its_sum(fault):
+    logits = torch.full((3, 99), -math.inf)
+    logits[1, 70], logits[2, 98] = fault, -5.0
+    largest, sums = weights(logits)
+    torch.testing.assert_close(largest, torch.tensor([-math.inf, fault, -5.0]), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(sums, torch.tensor([0.0, fault, 1.0]).double(), rtol=0, atol=0, equal_nan=True)
 
 
 @each_way
@@ -111,6 +133,40 @@ def test_the_likeliest_are_those_of_a_sort(native, kinds, vocabulary, count, dou
     assert all(len(set(row)) == min(count, vocabulary) for row in ids.tolist())
     largest = argmax(logits)
     assert torch.equal(largest, logits.argmax(-1))
+
+
+@compiled
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.sampled_from(sorted(VALUES)), min_size=1, max_size=4),
+    st.sampled_from([1, 2, 63, 64, 4096, 5000]),
+    st.sampled_from([0.0, 1e-3, 0.3, 1.0, 5.0, 300.0]),
+    st.integers(0, 10**6),
+)
+def test_contenders_hold_the_largest_with_noise(kinds, vocabulary, scale, seed):
+    """The noise of all tokens, added as it is defined; rows that are not finite are left to others."""
+    gaussian = torch.randn(len(kinds), vocabulary, generator=torch.Generator().manual_seed(seed))
+    logits = scale * torch.stack([VALUES[kind](row) for kind, row in zip(kinds, gaussian, strict=True)])
+    logits = logits.where(~logits.isnan() | (scale > 0), 0.0)
+    streams = np.arange(seed, seed + len(kinds), dtype=np.uint64) * np.uint64(0x123456789ABCDEF1)
+    drawn = noise.gumbel_of(noise.bits(streams[:, None], np.arange(vocabulary, dtype=np.uint64)))
+    best = (logits.numpy() + drawn).argmax(-1)
+    found = contenders(logits, streams)
+    for row, ids in enumerate(found):
+        if not math.isfinite(logits[row].amax()):
+            assert (ids == -1).all()
+        elif ids[0] >= 0:
+            assert best[row] in ids and (np.diff(ids) >= 0).all()
+        assert samplers._draw(logits[row], streams[row : row + 1]) == best[row] or not logits[row].amax().isfinite()
+    usual = [row for row, kind in enumerate(kinds) if kind == "random"]
+    assert (found[usual] >= 0).all()
+
+
+@compiled
+def test_more_contenders_than_there_is_room_for_are_left_to_others():
+    """Where nearly all of a row's logits lie beyond what a float adds noise to, they tie."""
+    logits = torch.full((1, 200), 1e9)
+    assert (contenders(logits, np.array([1], dtype=np.uint64)) == -1).all()
 
 
 @each_way

@@ -109,8 +109,9 @@ TRUNCATIONS = {
     "top_a": {"top_a": 0.3},
     "tfs": {"tfs": 0.9},
     "p_less": {"p_less": True},
+    "xtc": {"xtc_probability": 0.5, "xtc_threshold": 0.01},
 }
-"""Parts that narrow a window, and values that leave few tokens of most rows and many of some."""
+"""Parts that narrow a window, and values that mostly leave few tokens of most rows and many of some."""
 LEVELS = {
     "a few, then many equals": [(1, 1.0), (1, 0.5), (100, 0.01), (4000, 3e-5)],
     "many equals": [(400, 1.0), (4000, 0.1)],

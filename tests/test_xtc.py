@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from part_oracles import check_truncation, logit_rows, neutral, probabilities, table, tolerance, wide_rows
 
+from llama_infer.candidates import Candidates
 from llama_infer.errors import ParameterError
 from llama_infer.parts import Context
-from llama_infer.processors.moments import least_above
 from llama_infer.processors.xtc import XTC
 from llama_infer.testing import byte_tokenizer
 
@@ -123,7 +123,21 @@ def test_neutral_needs_the_switch_alone():
     assert [name for name, param in XTC.params.items() if param.neutral is not None] == ["xtc_probability"]
 
 
-def test_a_token_right_at_the_limit_counts():
-    logits = torch.tensor([[3.0, 1.0, 2.0, -math.inf]] * 3)
-    limits = torch.tensor([[1.0], [2.0], [2.5]], dtype=torch.float64)
-    assert least_above(logits, limits)[:, 0].tolist() == [1.0, 2.0, 3.0]
+def test_a_token_right_at_the_threshold_counts():
+    """Also on equals of the likeliest, whose probability is exact."""
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 0.0, -math.inf, 1.0]])
+    batch = table(XTC(), [{"xtc_probability": 1.0, "xtc_threshold": 0.25}, {"xtc_probability": 1.0}])
+    assert torch.equal(XTC()(logits, batch), torch.tensor([[0.0] * 4, [-math.inf, 0.0, -math.inf, -math.inf]]))
+
+
+def test_candidates_stay_in_descending_order():
+    """What was excluded lies behind the others, where the parts behind expect it."""
+    logits = 2 * torch.randn(64, 5000, generator=torch.Generator().manual_seed(4))
+    batch = table(XTC(), [{"xtc_probability": 0.5, "xtc_threshold": 0.01}] * 64, seeds=range(64))
+    inside = Candidates.of(logits.where(logits >= logits.topk(99).values[:, -1:], -math.inf), 256)
+    narrowed = XTC().narrow(inside, batch)
+    assert narrowed.fits.all() and (narrowed.values[:, 1:] <= narrowed.values[:, :-1]).all()
+    fallen = (batch.uniform("xtc") < 0.5).numpy()
+    assert ((narrowed.values > -math.inf).sum(-1) < 99).tolist() == fallen.tolist()
+    unsure = XTC().narrow(Candidates.of(logits, 256), batch)
+    assert unsure.fits[:, 0].tolist() == (~fallen).tolist()

@@ -54,7 +54,14 @@ def mapped(function: Callable[..., Tensor], logits: Tensor, *tensors: Tensor) ->
 
 def total(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row [R, V]: the largest logit and ``log(sum(exp(logits)))``, wide [R, 1] both."""
-    return by_blocks(_total, logits)  # type: ignore[return-value]
+    from ..rows import weights
+
+    found = weights(logits)
+    if found is None:
+        return by_blocks(_total, logits)  # type: ignore[return-value]
+    largest, sums = (column[:, None].double() for column in found)
+    base = largest.where(largest.isfinite(), 0.0)
+    return base, base + sums.log_()
 
 
 def mass(logits: Tensor) -> Tensor:
@@ -106,18 +113,6 @@ def drop_above(logits: Tensor, limit: Tensor) -> Tensor:
         if last > -math.inf:
             torch.ops.aten.threshold_(row.neg_(), last, math.inf).neg_()
     return out
-
-
-def least_above(logits: Tensor, limit: Tensor) -> Tensor:
-    """The smallest logit of each row that is at least ``limit`` [R, 1] and finite; +inf where there is none."""
-    import torch
-
-    limit = limit.to(logits.dtype).clamp(min=torch.finfo(logits.dtype).min)
-    if logits.device.type != "cpu":
-        return torch.where(logits < limit, math.inf, logits).amin(-1, keepdim=True)
-    below = limit.nextafter(torch.full_like(limit, -math.inf))[:, 0].tolist()
-    rows = [torch.ops.aten.threshold(row, last, math.inf).amin() for row, last in zip(logits, below, strict=True)]
-    return torch.stack(rows)[:, None]
 
 
 def nucleus(logits: Tensor, top_p: Tensor) -> Tensor:

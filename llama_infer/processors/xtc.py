@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..batch import Batch, Column
+    from ..candidates import Candidates
 
 
 class XTC:
@@ -51,6 +52,7 @@ class XTC:
         ),
     }
     traits: frozenset[Trait] = frozenset({"pure", "row_independent"})
+    truncates = False
 
     def __init__(self, protected: Sequence[int] = (), vocab_size: int | None = None) -> None:
         self.protected = tuple(protected)
@@ -80,13 +82,47 @@ class XTC:
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, V] -> [R, V]."""
-        from .moments import drop_above, least_above, total, wide
+        from ..rows import likeliest
+        from .moments import total
 
-        log_total = total(logits)[1]
-        least = least_above(logits, log_total + wide(batch["xtc_threshold"]).log()[:, None])
-        idle = (batch.uniform("xtc") >= batch["xtc_probability"])[:, None]
+        values, ids = likeliest(logits, self._most(batch, logits.shape[1]))
+        excluded = self._excluded(values, ids, total(logits)[1], batch)
+        return logits.clone().scatter_(1, ids, values.masked_fill(excluded, -math.inf))
+
+    def narrow(self, candidates: Candidates, batch: Batch) -> Candidates:
+        """The same on candidates: what is excluded goes to their end. Rows whose coin falls need all that is left."""
+        import numpy as np
+        import torch
+
+        from .moments import total
+
+        window = candidates.tensor()
+        excluded = self._excluded(window, torch.from_numpy(candidates.ids), total(window)[1], batch).numpy()
+        places = np.arange(excluded.shape[1]) + excluded.sum(-1, keepdims=True)
+        places %= excluded.shape[1]
+        values = np.take_along_axis(np.where(excluded, -np.inf, candidates.values), places, 1)
+        moved = candidates._replace(values=values, ids=np.take_along_axis(candidates.ids, places, 1))
+        return moved.need(~self._falls(batch).numpy())
+
+    def _most(self, batch: Batch, vocab_size: int) -> int:
+        """How many tokens may reach the threshold."""
+        known = batch.values.get("xtc_threshold") or batch["xtc_threshold"].tolist()
+        least = max(min(value for value in known if isinstance(value, (int, float))), 1 / vocab_size)
+        return min(math.floor(1 / least) + 1, vocab_size)
+
+    def _falls(self, batch: Batch) -> Tensor:
+        """The coin, bool [R, 1]: whether something may happen."""
+        return (batch.uniform("xtc") < batch["xtc_probability"])[:, None]
+
+    def _excluded(self, values: Tensor, ids: Tensor, log_total: Tensor, batch: Batch) -> Tensor:
+        """Which of the likeliest tokens [R, K] go, bool [R, K]; ``log_total`` [R, 1] tells their probabilities."""
+        from .moments import wide
+
+        reach = (values >= log_total + wide(batch["xtc_threshold"]).log()[:, None]) & (values > -math.inf)
+        least = values.masked_fill(~reach, math.inf).amin(-1, keepdim=True)
+        excluded = (values > least) & self._falls(batch)
         protected = batch["xtc_protected"]
         if protected.shape[1]:
-            excluded = logits.gather(1, protected.clamp(min=0)) > least
-            idle |= (excluded & (protected >= 0)).any(-1, keepdim=True)
-        return drop_above(logits, least.masked_fill(idle, math.inf))
+            of_them = (ids[:, :, None] == protected[:, None]).any(-1)
+            excluded &= ~(excluded & of_them).any(-1, keepdim=True)
+        return excluded
