@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t CHUNK = 64;
 constexpr int64_t ALONE = 1 << 16;  // logits that are not worth a second thread
+constexpr float LOWEST = std::numeric_limits<float>::lowest();
 
 // The bits of numbers, as integers of their size.
 typedef int32_t __attribute__((may_alias)) Bits32;
@@ -106,26 +107,63 @@ float total(const T* row, float* to, int64_t vocabulary) {
     return float(sum);
 }
 
-// The largest number, and the sum of e to the power of each less the largest; of a row without a finite largest one, that
-// sum is 0, infinite or NaN as the sum of the powers would be.
-double weight(const float* row, int64_t vocabulary, float& most) {
+// The largest number, NaN before all else.
+float most(const float* row, int64_t vocabulary) {
     auto order = key(bits(row)[0]);
     for (int64_t start = 0; start < vocabulary; start += CHUNK)
         order = std::max(order, largest(bits(row) + start, std::min(CHUNK, vocabulary - start)));
     const int32_t number = order < 0 ? ~order ^ std::numeric_limits<int32_t>::min() : order;
-    std::memcpy(&most, &number, sizeof most);
-    if (!std::isfinite(most)) return most < 0 ? 0 : most;
-    double sum = 0;
+    float found;
+    std::memcpy(&found, &number, sizeof found);
+    return found;
+}
+
+// Sums over a row, in floats by chunks and these in doubles: of the first term that `terms` makes of a number, and of its
+// product with the second one. The terms are written out first: a product with one that the compiler knows in a case that
+// never comes is made in every case, and where it is too small for a float it takes a hundred times as long.
+template <typename Terms>
+void add(const float* row, int64_t vocabulary, double* sums, Terms terms) {
+    sums[0] = sums[1] = 0;
+    float first[CHUNK], second[CHUNK];
     for (int64_t start = 0; start < vocabulary; start += CHUNK) {
-        auto add = [&](int64_t size) {
-            float part = 0;
-            for (int64_t at = start; at < start + size; at++) part += exponential(row[at] - most);
-            sum += part;
+        auto chunk = [&](int64_t size) {
+            float sum = 0, product = 0;
+            for (int64_t at = 0; at < size; at++) terms(row[start + at], first[at], second[at]);
+            for (int64_t at = 0; at < size; at++) sum += first[at], product += first[at] * second[at];
+            sums[0] += sum, sums[1] += product;
         };
         const int64_t size = std::min(CHUNK, vocabulary - start);
-        size == CHUNK ? add(CHUNK) : add(size);
+        size == CHUNK ? chunk(CHUNK) : chunk(size);
     }
-    return sum;
+}
+
+// Of each number less the largest one, x: the sums of e^x and of x e^x. Of a row without a finite largest one, the first
+// is 0, infinite or NaN, as that of the powers of the numbers themselves would be.
+void weigh(const float* row, int64_t vocabulary, float& base, double* sums) {
+    base = most(row, vocabulary);
+    if (!std::isfinite(base)) {
+        sums[0] = sums[1] = base < 0 ? 0 : base;
+        return;
+    }
+    add(row, vocabulary, sums, [base](float number, float& power, float& x) {
+        x = std::max(number - base, -1000.f), power = exponential(x);
+    });
+}
+
+// The largest number, and the standard deviation of the finite ones; NaN where the largest is not finite.
+void spread(const float* row, int64_t vocabulary, float& base, double& deviation) {
+    base = most(row, vocabulary);
+    deviation = std::numeric_limits<double>::quiet_NaN();
+    if (!std::isfinite(base)) return;
+    double sums[2], squares[2];
+    add(row, vocabulary, sums, [base](float number, float& counts, float& x) {
+        counts = number >= LOWEST, x = number >= LOWEST ? number - base : 0.f;
+    });
+    const float mean = float(sums[1] / sums[0]);
+    add(row, vocabulary, squares, [base, mean](float number, float& x, float& again) {
+        x = again = number >= LOWEST ? number - base - mean : 0.f;
+    });
+    deviation = std::sqrt(squares[1] / sums[0]);
 }
 
 // 32 random bits of a stream, those that noise.py draws: SplitMix64.
@@ -212,7 +250,13 @@ extern "C" void totals(float* logits, int64_t rows, int64_t vocabulary, float* s
 extern "C" void weights(const float* logits, int64_t rows, int64_t vocabulary, float* largest, double* sums) {
 #pragma omp parallel for if (rows * vocabulary > ALONE)
     for (int64_t row = 0; row < rows; row++)
-        sums[row] = weight(logits + row * vocabulary, vocabulary, largest[row]);
+        weigh(logits + row * vocabulary, vocabulary, largest[row], sums + 2 * row);
+}
+
+extern "C" void spreads(const float* logits, int64_t rows, int64_t vocabulary, float* largest, double* deviations) {
+#pragma omp parallel for if (rows * vocabulary > ALONE)
+    for (int64_t row = 0; row < rows; row++)
+        spread(logits + row * vocabulary, vocabulary, largest[row], deviations[row]);
 }
 
 extern "C" void widen(const uint16_t* logits, int64_t rows, int64_t vocabulary, float* sums, float* to) {

@@ -78,14 +78,25 @@ def log_total(logits: Tensor) -> Tensor:
 
 
 def weights(logits: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Of each row [R, V]: the largest logit, float32 [R], and ``exp(logit - largest).sum()``, float64 [R], or
-    ``exp(logit).sum()`` where the largest is not finite. None without the kernel."""
-    run = _kernels().get("weights")
+    """Of each row [R, V]: the largest logit, float32 [R], and float64 [R, 2] with x = logit - largest the sums of
+    ``exp(x)`` and of ``x * exp(x)``; where the largest is not finite, that of ``exp(logit)`` twice. None without the
+    kernel."""
+    return _moments("weights", logits, 2)
+
+
+def spreads(logits: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Of each row [R, V]: the largest logit, float32 [R], and the (population) standard deviation of the finite ones,
+    float64 [R, 1], NaN where the largest is not finite. None without the kernel."""
+    return _moments("spreads", logits, 1)
+
+
+def _moments(name: str, logits: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    run = _kernels().get(name)
     if run is None or not _is_plain(logits):
         return None
-    largest, sums = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.float64)
-    run(logits.data_ptr(), *logits.shape, largest.data_ptr(), sums.data_ptr())
-    return largest, sums
+    largest, found = torch.empty(len(logits)), torch.empty((len(logits), count), dtype=torch.float64)
+    run(logits.data_ptr(), *logits.shape, largest.data_ptr(), found.data_ptr())
+    return largest, found
 
 
 def widened(logits: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -145,6 +156,7 @@ def _prepared(compiled: Any) -> dict[Any, Any]:
         "totals": (compiled.totals, 2, 1),
         "widen": (compiled.widen, 2, 2),
         "weights": (compiled.weights, 2, 2),
+        "spreads": (compiled.spreads, 2, 2),
         "contenders": (compiled.contenders, 3, 2),
     }
     for run, numbers, addresses in kernels.values():

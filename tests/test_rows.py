@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llama_infer import noise, rows, samplers
 from llama_infer.native import library
-from llama_infer.rows import argmax, contenders, likeliest, log_total, weights, widened
+from llama_infer.rows import argmax, contenders, likeliest, log_total, spreads, weights, widened
 
 compiled = pytest.mark.skipif(library("rows") is None, reason="no C++ compiler, or no cache folder of one's own")
 each_way = pytest.mark.parametrize("native", [pytest.param(True, marks=compiled), False])
@@ -53,9 +53,17 @@ def test_the_sum_is_that_in_float64(native, kinds, vocabulary, seed):
 def test_the_sum_beside_the_largest_is_that_in_float64(kinds, vocabulary, seed):
     noise = torch.randn(len(kinds), vocabulary, generator=torch.Generator().manual_seed(seed))
     logits = torch.stack([SUMS[kind](row) for kind, row in zip(kinds, noise, strict=True)])
+    logits[0, ::2] = -math.inf
     largest, sums = weights(logits)
     assert torch.equal(largest, logits.amax(-1))
-    torch.testing.assert_close(sums, (logits.double() - largest[:, None]).exp().sum(-1), rtol=4e-7, atol=0)
+    x = logits.double() - largest[:, None]
+    expected = torch.stack([x.exp().sum(-1), (x * x.exp()).nan_to_num(0.0).sum(-1)], -1)
+    torch.testing.assert_close(sums, expected, rtol=4e-7, atol=1e-7)
+    again, found = spreads(logits)
+    finite = [row[row > -math.inf].double() for row in logits]
+    expected = torch.stack([row.std(correction=0, dim=0, keepdim=True) for row in finite])
+    assert torch.equal(again, largest)
+    torch.testing.assert_close(found, expected, rtol=4e-7, atol=1e-6)
 
 
 @compiled
@@ -65,7 +73,11 @@ def test_a_largest_that_is_not_finite_shows_beside_its_sum(fault):
     logits[1, 70], logits[2, 98] = fault, -5.0
     largest, sums = weights(logits)
     torch.testing.assert_close(largest, torch.tensor([-math.inf, fault, -5.0]), rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(sums, torch.tensor([0.0, fault, 1.0]).double(), rtol=0, atol=0, equal_nan=True)
+    expected = torch.tensor([[0.0] * 2, [fault] * 2, [1.0, 0.0]]).double()
+    torch.testing.assert_close(sums, expected, rtol=0, atol=1e-30, equal_nan=True)
+    again, found = spreads(logits)
+    torch.testing.assert_close(again, largest, rtol=0, atol=0, equal_nan=True)
+    assert found[:2].isnan().all() and found[2] == 0
 
 
 @each_way

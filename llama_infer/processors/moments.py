@@ -59,9 +59,8 @@ def total(logits: Tensor) -> tuple[Tensor, Tensor]:
     found = weights(logits)
     if found is None:
         return by_blocks(_total, logits)  # type: ignore[return-value]
-    largest, sums = (column[:, None].double() for column in found)
-    base = largest.where(largest.isfinite(), 0.0)
-    return base, base + sums.log_()
+    base = _base(found[0])
+    return base, base + found[1][:, :1].log()
 
 
 def mass(logits: Tensor) -> Tensor:
@@ -76,12 +75,23 @@ def collision(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def entropy(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`total`, and the entropy in nats."""
-    return by_blocks(_entropy, logits)  # type: ignore[return-value]
+    from ..rows import weights
+
+    found = weights(logits)
+    if found is None:
+        return by_blocks(_entropy, logits)  # type: ignore[return-value]
+    base, (weight, moment) = _base(found[0]), found[1].split(1, -1)
+    return base, base + weight.log(), (weight.log() - moment / weight).clamp(min=0)
 
 
 def deviation(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row: the largest logit and the (population) standard deviation of its finite ones, wide [R, 1]."""
-    return by_blocks(_deviation, logits)  # type: ignore[return-value]
+    from ..rows import spreads
+
+    found = spreads(logits)
+    if found is None:
+        return by_blocks(_deviation, logits)  # type: ignore[return-value]
+    return _base(found[0]), found[1]
 
 
 def drop_below(logits: Tensor, limit: Tensor) -> Tensor:
@@ -171,9 +181,13 @@ def descending(logits: Tensor) -> Tensor:
 
 def _shifted(block: Tensor) -> tuple[Tensor, Tensor]:
     """The block less its rows' largest logits, and those [r, 1] (0 where none is finite)."""
-    largest = block.amax(-1, keepdim=True)
-    base = largest.where(largest.isfinite(), largest.new_zeros(()))
-    return block - base, wide(base)
+    base = _base(block.amax(-1))
+    return block - base.to(block.dtype), base
+
+
+def _base(largest: Tensor) -> Tensor:
+    """The largest logits [R], 0 where they are not finite, wide [R, 1]."""
+    return wide(largest.where(largest.isfinite(), largest.new_zeros(())))[:, None]
 
 
 def _mass(block: Tensor) -> tuple[Tensor]:
