@@ -20,7 +20,22 @@ from llama_infer.native import library
 from llama_infer.testing import tiny_llama
 
 NATIVE = "models/native/attention"
+TILES = native._tiles()
 compiled = pytest.mark.skipif(library(NATIVE) is None, reason="no C++ compiler, or no cache folder of one's own")
+
+
+each_way = pytest.mark.parametrize(
+    "tiles",
+    [False, pytest.param(True, marks=pytest.mark.skipif(not TILES, reason="the processor multiplies no tiles"))],
+)
+
+
+@pytest.fixture(autouse=True)
+def chosen_way(request, monkeypatch):
+    """Without tiles where the test says so."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and not callspec.params.get("tiles", True):
+        monkeypatch.setattr(native, "_tiles", lambda: False)
 
 
 def attend(layout, q, k, v, window=None, scaling=None):
@@ -32,17 +47,19 @@ def attend(layout, q, k, v, window=None, scaling=None):
 
 
 @compiled
+@each_way
 @settings(deadline=None, max_examples=100)
 @given(
     spans,
-    st.sampled_from([(1, 1), (2, 3), (2, 4), (1, 11)]),
+    st.sampled_from([(1, 1), (2, 3), (2, 4), (2, 7), (1, 11), (1, 20)]),
     st.none() | st.integers(1, 90),
-    st.sampled_from([None, 0.7]),
-    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([None, 0.7, -0.7]),
+    st.sampled_from([(torch.float32, 8), (torch.bfloat16, 8), (torch.bfloat16, 32)]),
 )
-def test_every_single_token_is_the_definition(given_spans, heads, window, scaling, dtype):
+def test_every_single_token_is_the_definition(tiles, given_spans, heads, window, scaling, kind):
     """Ragged rows, windows, groups of heads; what lies behind the end of a row is not read at all."""
-    layout, q, k, v = make(given_spans, *heads, dtype)
+    dtype, dim = kind
+    layout, q, k, v = make(given_spans, *heads, dtype, dim)
     expected = definition(layout, *(t.double() for t in (q, k, v)), window, scaling)
     for row, span in enumerate(layout.spans):
         k[row, :, span.end :] = v[row, :, span.end :] = torch.nan
@@ -56,9 +73,10 @@ def test_every_single_token_is_the_definition(given_spans, heads, window, scalin
 
 
 @compiled
+@each_way
 @pytest.mark.parametrize("dim", [8, 16, 32, 64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_size_of_head(dim, dtype):
+def test_every_size_of_head(tiles, dim, dtype):
     """And scores as far apart as attention ever has them."""
     for spread in (1, 30):
         layout = Layout(tuple(Span(old, 1, True) for old in (0, 63, 64, 200)), torch.device("cpu"))
@@ -74,17 +92,31 @@ def test_every_size_of_head(dim, dtype):
 
 
 @compiled
+@each_way
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["query", "key", "value"])
-def test_what_is_not_finite_stays_so_and_in_its_row(bad, where):
+def test_what_is_not_finite_stays_so_and_in_its_row(tiles, dtype, bad, where):
     """As in torch's kernel, so that the engine finds it among the logits."""
-    layout, q, k, v = make([Span(20, 1, True)] * 2, 1, 2, torch.float32)
+    layout, q, k, v = make([Span(20, 1, True)] * 2, 1, 2, dtype, 32)
     clean = attend(layout, q, k, v)
     {"query": q, "key": k, "value": v}[where][1, 0, 0, 0] = bad
     found = attend(layout, q, k, v)
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    expected = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
     assert torch.equal(found[0], clean[0])
-    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-5, equal_nan=True)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found[1].float(), expected[1], rtol=0, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.skipif(not TILES, reason="the processor multiplies no tiles")
+@pytest.mark.parametrize("group", [1, 4, 6, 16])
+def test_a_row_gives_the_same_alone_and_among_others(group):
+    """To the last bit."""
+    layout, q, k, v = make([Span(old, 1, True) for old in (3, 64, 200, 127)], 2, group, torch.bfloat16, 64)
+    found = attend(layout, q, k, v)
+    for row, span in enumerate(layout.spans):
+        alone = Layout((span,), torch.device("cpu"))
+        assert torch.equal(attend(alone, q[row : row + 1], k[row : row + 1], v[row : row + 1])[0], found[row])
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@
 
 #include "../../exponential.h"
 #include "numbers.h"
+#include "values.h"
 
 namespace {
 
@@ -63,39 +64,6 @@ inline void scores(const BFloat16* query, const BFloat16* const* keys, float sca
     }
     Quad quad = sums(each[0], each[1], each[2], each[3]) * scale;
     std::memcpy(found, &quad, sizeof quad);
-}
-
-// Adds the values of `count` tokens, each times its weight, to the sums of some heads, which stay in registers. Of 32
-// numbers of a sum those of even place come first: a pair in bfloat16 is taken apart by a shift and a mask. Meanwhile the
-// keys of as many tokens are asked for.
-template <int DIM, int HEADS>
-void gather(const BFloat16* values, int count, const float (*weights)[64], float (*sum)[DIM], const BFloat16* soon) {
-    Lanes all[HEADS][DIM / 16];
-    std::memcpy(all, sum, sizeof all);
-    for (int t = 0; t < count; t++, values += DIM, soon += DIM) {
-        for (int d = 0; d < DIM; d += 32) {
-            __builtin_prefetch(soon + d);
-            Words pairs;
-            std::memcpy(&pairs, values + d, sizeof pairs);
-            const Lanes even = (Lanes)(pairs << 16), odd = (Lanes)(pairs & 0xffff0000u);
-            for (int h = 0; h < HEADS; h++) {
-                all[h][d / 16] += weights[h][t] * even;
-                all[h][d / 16 + 1] += weights[h][t] * odd;
-            }
-        }
-    }
-    std::memcpy(sum, all, sizeof all);
-}
-
-// The same for any number of heads, as many at a time as there are registers for.
-template <int DIM>
-void gather(const BFloat16* values, int count, int heads, const float (*weights)[64], float (*sum)[DIM],
-            const BFloat16* soon) {
-    constexpr int MOST = DIM <= 64 ? 4 : DIM <= 128 ? 2 : 1;
-    using Some = void (*)(const BFloat16*, int, const float (*)[64], float (*)[DIM], const BFloat16*);
-    static constexpr Some runs[] = {gather<DIM, 1>, gather<DIM, 2>, gather<DIM, 3>, gather<DIM, 4>};
-    for (int h = 0; h < heads; h += MOST)
-        runs[std::min(MOST, heads - h) - 1](values, count, weights + h, sum + h, soon);
 }
 
 template <typename T, int DIM>
@@ -184,7 +152,8 @@ void attend(const T* q, const T* k, const T* v, T* out, int64_t first, int64_t e
             }
 #ifdef LLAMA_INFER_PAIRS
             if constexpr (PAIRED<T, DIM>) {
-                gather<DIM>(v + start * DIM, count, heads, weights, sum, k + (start + TILE) * DIM);
+                gather<DIM>((const Half*)v + start * DIM, count, heads, weights[0], TILE, 1, sum,
+                            (const Half*)k + (start + TILE) * DIM);
                 continue;
             }
 #endif
@@ -200,7 +169,7 @@ void attend(const T* q, const T* k, const T* v, T* out, int64_t first, int64_t e
         }
         for (int g = 0; g < heads; g++)
             for (int d = 0; d < DIM; d++) {
-                const int at = PAIRED<T, DIM> ? d / 32 * 32 + d % 2 * 16 + d % 32 / 2 : d;
+                const int at = PAIRED<T, DIM> ? place(d) : d;
                 narrow(sum[g][at] / total[g], out[(g0 + g) * DIM + d]);
             }
     }

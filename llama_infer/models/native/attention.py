@@ -19,7 +19,7 @@ from ...native import function
 _TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _DIMS = (8, 16, 32, 64, 96, 128, 256)
 _TILED = (32, 64, 96, 128, 256)
-_LIBRARY, _TILES = "models/native/attention", "models/native/prefill"
+_ANY, _DECODE, _PREFILL = (f"models/native/{name}" for name in ("attention", "decode", "prefill"))
 _ONE = (*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 6, ctypes.c_float)
 _MANY = (*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 7, ctypes.c_float)
 
@@ -32,7 +32,9 @@ def kernel(query: Tensor, key: Tensor, value: Tensor) -> Callable[..., None] | N
         return None
     if key.dtype not in _TYPES or key.shape[3] not in _DIMS:
         return None
-    run: Callable[..., None] | None = function(_LIBRARY, f"{_TYPES[key.dtype]}_{key.shape[3]}", _ONE)
+    tiled = key.dtype == torch.bfloat16 and key.shape[3] in _TILED and _tiles()
+    name = f"{_TYPES[key.dtype]}_{key.shape[3]}"
+    run: Callable[..., None] | None = function(_DECODE if tiled else _ANY, name, _ONE)
     return run
 
 
@@ -93,5 +95,10 @@ def prefill(
 
 
 def _prefill() -> Any:
-    available = function(_TILES, "available", (), ctypes.c_bool)
-    return function(_TILES, "prefill", _MANY, ctypes.c_bool) if available is not None and available() else None
+    return function(_PREFILL, "prefill", _MANY, ctypes.c_bool) if _tiles() else None
+
+
+def _tiles() -> bool:
+    """Whether the processor multiplies tiles, and the system lets this process."""
+    available = function(_DECODE, "available", (), ctypes.c_bool)
+    return available is not None and bool(available())

@@ -52,17 +52,6 @@ inline void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, i
     }
 }
 
-// 2^x for x <= 0, within 4e-6 of it, a thousandth of what rounding the weights loses; 0 where it is next to nothing.
-inline Lanes power(Lanes x) {
-    const Lanes whole = (Lanes)_mm512_roundscale_ps((__m512)x, 8), rest = x - whole;
-    Lanes sum = rest * 9.676037e-3f + 5.5922036e-2f;
-    sum = sum * rest + 2.4022107e-1f;
-    sum = sum * rest + 6.9312103e-1f;
-    sum = sum * rest + 1.f;
-    const Lanes scaled = (Lanes)_mm512_scalef_ps((__m512)sum, (__m512)whole);
-    return x < -126.f ? Lanes{} : scaled;  // NaN stays
-}
-
 // What a thread works with.
 template <int DIM>
 struct Work {
@@ -291,8 +280,6 @@ bool all(const Call& call, const int64_t* where, int64_t rows) {
 
 }  // namespace
 #endif
-
-extern "C" bool available() { return have_tiles(); }
 
 // q and out [N, heads * group, dim]; k and v as they lie in the cache. False: there is no memory, or no such kernel.
 extern "C" bool prefill(const Half* q, const Half* k, const Half* v, Half* out, const int64_t* where, int64_t rows,
