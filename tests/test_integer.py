@@ -113,6 +113,16 @@ def test_more_rows_than_are_quantised_at_a_time():
     assert all(torch.equal(layer(x[row : row + 1])[0], together[row]) for row in (0, 63, 64, 99))
 
 
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("outputs", [1024, 1000])
+def test_outputs_that_are_written_past_the_caches(dtype, outputs):
+    """300,000 of them and more; those that are no whole lines are not."""
+    layer = layer_of(Int8(), random(outputs, 128), random(outputs, seed=2).to(dtype), dtype)
+    x = random(301, 128, seed=1).to(dtype)
+    assert torch.equal(layer(x), torch.cat([layer(some) for some in x.split(40)]))
+
+
 @pytest.mark.parametrize("form", [Int8(), Int4(32)], ids=str)
 @pytest.mark.parametrize("rows", [3, 20])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

@@ -12,6 +12,8 @@
 
 namespace {
 
+constexpr int64_t LARGE = 1 << 18;  // outputs that do not stay in the caches
+
 // Memory that a thread keeps for the next call; null where there is none to be had.
 struct Scratch {
     std::unique_ptr<void, void (*)(void*)> held{nullptr, std::free};
@@ -142,15 +144,26 @@ void tiles(const Tokens& tokens, int64_t row, const uint8_t* block, int8_t* pane
 }
 #endif
 
-template <typename T>
+// What comes of the totals of a block, row by row: whole lines, which is what writing past the caches asks for.
+template <bool PAST, typename T>
 void finish(const float (*total)[BLOCK], int64_t rows, int64_t first, int64_t outputs, const T* bias, T* y) {
-    for (int quad = 0; quad < 4 && first + 16 * quad < outputs; quad++) {
-        const int64_t at = first + 16 * quad, left = std::min<int64_t>(16, outputs - at);
-        const __mmask16 these = __mmask16((1 << left) - 1);
-        const __m512 more = bias ? load(bias + at, these) : _mm512_setzero_ps();
-        for (int64_t r = 0; r < rows; r++)
-            store(y + r * outputs + at, these, _mm512_add_ps(_mm512_load_ps(total[r] + 16 * quad), more));
+    __m512 more[4];
+    __mmask16 these[4];
+    for (int quad = 0; quad < 4; quad++) {
+        const int64_t at = first + 16 * quad, left = std::clamp<int64_t>(outputs - at, 0, 16);
+        these[quad] = __mmask16((1 << left) - 1);
+        more[quad] = bias ? load(bias + at, these[quad]) : _mm512_setzero_ps();
     }
+    y += first;
+    for (int64_t r = 0; r < rows; r++, y += outputs)
+#pragma GCC unroll 4
+        for (int quad = 0; quad < 4; quad++) {
+            const __m512 sum = _mm512_add_ps(_mm512_load_ps(total[r] + 16 * quad), more[quad]);
+            if (PAST)
+                stream(y + 16 * quad, sum);
+            else
+                store(y + 16 * quad, these[quad], sum);
+        }
 }
 
 // y = x w + bias. x [rows, width] and y [rows, outputs] are dense. False where there is no memory.
@@ -160,6 +173,8 @@ bool linear(const T* x, const uint8_t* weight, const T* bias, T* y, int64_t rows
     // As many rows at a time as leave half of a usual L2 cache to the weights.
     const int64_t most = std::max<int64_t>(32, (int64_t(1) << 20) / (spans * SPAN) / 32 * 32);
     const bool amx = rows > FEW && have_tiles();
+    const bool past = rows * outputs >= LARGE && outputs % BLOCK == 0 && (uintptr_t)y % 64 == 0;
+    const auto end = past ? finish<true, T> : finish<false, T>;
     static thread_local Scratch memory;
     for (int64_t begin = 0; begin < rows; begin += most) {
         const int64_t count = std::min(most, rows - begin);
@@ -200,10 +215,11 @@ bool linear(const T* x, const uint8_t* weight, const T* bias, T* y, int64_t rows
                         case 7: few<F, 7>(tokens, row, block, total); break;
                         default: few<F, 8>(tokens, row, block, total);
                     }
-                    finish(total, done, b * BLOCK, outputs, bias, y + (begin + row) * outputs);
+                    end(total, done, b * BLOCK, outputs, bias, y + (begin + row) * outputs);
                     row += done;
                 }
             }
+            _mm_sfence();  // what was written past the caches is there for all
         }
     }
     return true;
