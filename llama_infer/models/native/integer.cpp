@@ -253,7 +253,7 @@ bool linear(const T* x, const uint8_t* weight, const T* bias, T* y, int64_t rows
                 for (int64_t b = 0; b < blocks; b++) {
                     const uint8_t* block = weight + (b * spans + start) * F::RECORD;
                     for (int64_t row = 0, done; row < count; row += done) {
-                        float(*wait)[BLOCK] = waiting + b * count + row;
+                        float(*wait)[BLOCK] = held ? waiting + b * count + row : nullptr;
                         const size_t size = std::min<int64_t>(32, count - row) * sizeof *wait;
                         if (start == 0)
                             std::memset(own.total, 0, size);
