@@ -107,10 +107,25 @@ def test_a_token_does_not_depend_on_its_neighbours(form):
 
 
 @compiled
-def test_more_rows_than_are_quantised_at_a_time():
-    layer, x = layer_of(Int4(128), random(64, 16384)), random(100, 16384, seed=1).bfloat16()
+@pytest.mark.parametrize(
+    ("form", "outputs", "width", "rows"),
+    [(Int4(128), 128, 16384, 100), (Int8(), 100, 4100, 600), (Int8(), 40, 16384, 40), (Int8(), 8, 1024, 1030)],
+)
+def test_more_than_is_quantised_at_a_time(form, outputs, width, rows):
+    """Rows, and inputs of many rows, between which the totals wait."""
+    layer, x = layer_of(form, random(outputs, width)), random(rows, width, seed=1).bfloat16()
     together = layer(x)
-    assert all(torch.equal(layer(x[row : row + 1])[0], together[row]) for row in (0, 63, 64, 99))
+    assert all(torch.equal(layer(x[at : at + 1])[0], together[at]) for at in (0, 31, 32, rows // 2, rows - 1))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("outputs", [1024, 1000])
+def test_outputs_that_are_written_past_the_caches(dtype, outputs):
+    """300,000 of them and more; those that are no whole lines are not."""
+    layer = layer_of(Int8(), random(outputs, 128), random(outputs, seed=2).to(dtype), dtype)
+    x = random(301, 128, seed=1).to(dtype)
+    assert torch.equal(layer(x), torch.cat([layer(some) for some in x.split(40)]))
 
 
 @pytest.mark.parametrize("form", [Int8(), Int4(32)], ids=str)

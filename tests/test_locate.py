@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import traceback
+
+import huggingface_hub
 import pytest
 import torch
 from checkpoints import IDS, edit_json, load
+from huggingface_hub import errors
 
+from llama_infer import Pipeline
 from llama_infer.errors import LoadingError, UnsupportedError
 from llama_infer.models import locate
 from llama_infer.testing import tiny_llama
 
 
 def test_only_local_files(monkeypatch, tmp_path):
-    import huggingface_hub
-
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("socket.socket.connect", lambda *ignored: pytest.fail("somebody was asked"))
     with pytest.raises(LoadingError, match="nobody/nothing.*hub cannot be reached"):
@@ -37,8 +40,6 @@ def test_revision_belongs_to_the_hub(whole):
 
 
 def test_offline_and_absent_is_one_line(monkeypatch, tmp_path):
-    import huggingface_hub
-
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(LoadingError, match="nobody/nothing.*'v1'.*hub cannot be reached.*folder") as caught:
@@ -46,9 +47,37 @@ def test_offline_and_absent_is_one_line(monkeypatch, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_hub_checkpoint_is_checked_before_its_weights_are_fetched(monkeypatch, folder):
-    import huggingface_hub
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (
+            errors.RepositoryNotFoundError,
+            r"'some/model' is no folder here, nor known to the hub: check the name",
+        ),
+        (errors.GatedRepoError, r"'some/model' is gated: accept its terms"),
+        (errors.RevisionNotFoundError, r"'some/model' has no revision 'v3' on the hub"),
+        (
+            errors.LocalEntryNotFoundError,
+            r"'some/model' at revision 'v3' .* cannot be reached: check the name",
+        ),
+        (ConnectionError, r"'some/model' is no folder here, and the hub does not give it: ConnectionError: the answer"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_error_without_the_hubs_own_traceback(monkeypatch, answer, expected):
+    def download(*ignored, **options):
+        error = answer.__new__(answer)
+        Exception.__init__(error, "the answer\nof a server")
+        raise error
 
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(LoadingError, match=expected) as caught:
+        Pipeline("some/model", revision="v3")
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "in download" not in shown and "During handling" not in shown
+    assert shown.strip().splitlines()[-1].endswith(str(caught.value))
+
+
+def test_hub_checkpoint_is_checked_before_its_weights_are_fetched(monkeypatch, folder):
     asked = []
 
     def download(model, revision, allow_patterns, **options):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from test_kernels import definition, make, spans
 from llama_infer import Pipeline
 from llama_infer.layout import Layout, Span
 from llama_infer.models.native import attention as native
+from llama_infer.models.native import integer
 from llama_infer.native import library
 from llama_infer.testing import tiny_llama
 
@@ -177,3 +181,15 @@ def test_without_it_torch_serves(fresh, tmp_path, why):
     answers = Pipeline(tiny_llama())([[1, 2, 3], [4] * 20], temperature=0, max_new_tokens=6)
     for answer in answers:
         assert answer.token_ids == greedy(tiny_llama(), answer.prompt_token_ids, 6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on memory that Linux keeps")
+@pytest.mark.skipif(integer.kernel("int8", torch.bfloat16) is None, reason="no C++ compiler, or no AVX-512")
+def test_memory_that_cannot_be_had_is_said_or_done_without():
+    """An error that halves the batch, None for another way, or tiles done without; and right again afterwards."""
+    expected = {"int8": "OutOfMemoryError", "int4": "the same", "packed": "nothing", "prefill": "MemoryError"}
+    script = str(Path(__file__).resolve().parent / "exhausted_kernels.py")
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    found = dict(line.split(" ", 1) for line in run.stdout.splitlines())
+    assert run.returncode == 0 and {"int8", "int4"} <= found.keys(), run.stderr
+    assert found == {name: expected[name] for name in found}

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import edit_json, write_checkpoint
+from transformers import LlamaForCausalLM
 
 from llama_infer import Pipeline
-from llama_infer.errors import MissingDependencyError, ParameterError
+from llama_infer.errors import LoadingError, MissingDependencyError, ParameterError, UnsupportedError
 from llama_infer.models.loaders import AutoLoader
 from llama_infer.models.quantization import BitsAndBytesInt8, BitsAndBytesNF4, _hidden
 from llama_infer.parts import Source
@@ -100,6 +101,44 @@ def test_a_quantised_checkpoint_names_what_reads_it(tmp_path, monkeypatch, metho
     write_checkpoint(tmp_path)
     edit_json(tmp_path / "config.json", quantization_config={"quant_method": method})
     with pytest.raises(MissingDependencyError, match=f"{method} needs: pip install {method}$"):
+        logits(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("described", "expected"),
+    [
+        ({"quant_method": "foo", "bits": 4}, "is quantised by 'foo', which transformers does not know. Known: .*hqq"),
+        ({"quant_method": "hqqq"}, "'hqqq', .* did you mean 'hqq'"),
+        ({"bits": 4}, "names no 'quant_method'; if its weights are whole, take 'quantization_config' out"),
+        ({"quant_method": "quark"}, "Quark"),  # known to transformers, whose package is not here
+    ],
+)
+def test_a_method_that_cannot_be_read_is_refused_over_whole_weights_too(tmp_path, monkeypatch, described, expected):
+    """transformers would pass over it with a warning, and take the numbers as they lie."""
+    write_checkpoint(tmp_path)
+    edit_json(tmp_path / "config.json", quantization_config=described)
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", lambda *ignored: pytest.fail("a model was made"))
+    with pytest.raises(LoadingError, match=expected) as caught:
+        logits(tmp_path, None)
+    assert "\n" not in str(caught.value)
+
+
+def test_older_checkpoints_of_bitsandbytes_name_no_method(folder, tmp_path):
+    before, model = logits(folder, "bnb-int8")
+    model.save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", quantization_config={"load_in_8bit": True})
+    with pytest.raises(UnsupportedError, match=r"already quantised \(bitsandbytes\)"):
+        logits(tmp_path, "int8")
+    assert relative(logits(tmp_path, None)[0], before) < 0.05
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_whole_weights_that_are_said_to_be_bitsandbytes(tmp_path, bits):
+    """transformers would load them, and fail in the first forward."""
+    write_checkpoint(tmp_path)
+    described = {"quant_method": "bitsandbytes", f"load_in_{bits}bit": True}
+    edit_json(tmp_path / "config.json", quantization_config=described)
+    with pytest.raises(LoadingError, match="bitsandbytes.*whole.*take 'quantization_config' out"):
         logits(tmp_path, None)
 
 

@@ -55,7 +55,11 @@ class Checkpoint:
     def quantization(self) -> str | None:
         """The method that the checkpoint was quantised with before it was saved."""
         found = self.config.get("quantization_config")
-        return str(found.get("quant_method", "unknown")) if isinstance(found, Mapping) else None
+        if not isinstance(found, Mapping):
+            return None
+        if found.get("load_in_4bit") or found.get("load_in_8bit"):  # older ones name no method
+            return "bitsandbytes"
+        return str(found.get("quant_method", "unknown"))
 
     @property
     def unpacked(self) -> bool:
@@ -83,6 +87,11 @@ def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> Checkpoin
     rows = _embedding_rows(folder, config, {name: shape for name, (_, shape) in tensors.items()})
     common = max(set(dtypes), key=dtypes.count) if dtypes else ""
     checkpoint = Checkpoint(folder, config, tuple(weights), _DTYPES.get(common), rows)
+    if checkpoint.quantization == "bitsandbytes" and not {"I8", "U8"} & set(dtypes):  # the first forward would fail
+        raise LoadingError(
+            f"{folder / CONFIG} says that bitsandbytes quantised the weights, and they are whole: take "
+            "'quantization_config' out of it; quantization='bnb-nf4' or 'bnb-int8' quantises while loading"
+        )
     return replace(checkpoint, numbers=_numbers(checkpoint, tensors))
 
 

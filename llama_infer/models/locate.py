@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from pathlib import Path
 from ..errors import LoadingError, UnsupportedError
 from .checks import CONFIG
 from .weights import first_line
+
+logger = logging.getLogger("llama_infer")
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 """The folder that ``model="demo"`` stands for."""
@@ -67,7 +70,6 @@ def _only_gguf(folder: Path) -> Path | None:
 
 def _download(model: str, revision: str | None, patterns: list[str], local: bool) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RevisionNotFoundError
 
     try:
         return Path(
@@ -79,17 +81,25 @@ def _download(model: str, revision: str | None, patterns: list[str], local: bool
                 local_files_only=local,
             )
         )
-    except LocalEntryNotFoundError as error:
+    except Exception as error:  # whatever the hub or the network may answer
+        logger.debug("the hub's answer for %r:", model, exc_info=True)
+        reason = _reason(model, revision, error)
+    raise LoadingError(reason)  # here, where nothing is being handled: the hub's own traceback has a hundred lines
+
+
+def _reason(model: str, revision: str | None, error: Exception) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):
         at = f" at revision {revision!r}" if revision else ""
-        raise LoadingError(
+        return (
             f"{model!r}{at} is no folder here, is not in the hub's cache, and the hub cannot be reached: check the "
             "name, go online once, or copy the checkpoint here and give its folder"
-        ) from error
-    except GatedRepoError as error:
-        raise LoadingError(f"{model!r} is gated: accept its terms on the hub, then `hf auth login`") from error
-    except RevisionNotFoundError as error:
-        raise LoadingError(
-            f"{model!r} has no revision {revision!r} on the hub: check the name of the branch"
-        ) from error
-    except Exception as error:  # whatever else the hub or the network may answer
-        raise LoadingError(f"{model!r} is no folder here, and the hub does not give it: {first_line(error)}") from error
+        )
+    if isinstance(error, errors.GatedRepoError):
+        return f"{model!r} is gated: accept its terms on the hub, then `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{model!r} is no folder here, nor known to the hub: check the name; if it is private, `hf auth login`"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{model!r} has no revision {revision!r} on the hub: check the name of the branch"
+    return f"{model!r} is no folder here, and the hub does not give it: {first_line(error)}"

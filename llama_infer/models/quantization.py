@@ -12,9 +12,10 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MissingDependencyError, ParameterError
+from ..errors import LoadingError, MissingDependencyError, ParameterError, suggest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +28,9 @@ _READERS = {
     "torchao": ("torchao",),
 }
 """Packages that transformers reads quantised checkpoints with."""
+
+
+_WHOLE = "if its weights are whole, take 'quantization_config' out of that file"
 
 
 class Unchanged:
@@ -120,6 +124,22 @@ def need_reader(method: str) -> None:
     missing = [name for name in _READERS.get(method, ()) if importlib.util.find_spec(name.replace("-", "_")) is None]
     if missing:
         raise MissingDependencyError(f"a checkpoint quantised by {method} needs: pip install {' '.join(missing)}")
+
+
+def check_method(folder: Path, described: Mapping[str, Any]) -> None:
+    """Raise LoadingError for a method that transformers does not know: it would pass over it, and take the weights as
+    they lie for whole ones."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
+
+    method = described.get("quant_method")
+    if method is None and not (described.get("load_in_4bit") or described.get("load_in_8bit")):
+        raise LoadingError(f"{folder}: 'quantization_config' in its config.json names no 'quant_method'; {_WHOLE}")
+    if not AutoHfQuantizer.supports_quant_method(described):
+        known = AUTO_QUANTIZATION_CONFIG_MAPPING
+        raise LoadingError(
+            f"{folder} is quantised by {method!r}, which transformers does not know{suggest(str(method), known)} "
+            f"Known: {', '.join(sorted(known))}; {_WHOLE}"
+        )
 
 
 def plain_layouts(model: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LlamaInferError, LoadingError, ParameterError, UnsupportedError, suggest
@@ -16,7 +17,7 @@ from .checks import COMPRESSED, Checkpoint
 from .gguf import gguf_options, is_gguf, quiet_bar
 from .gptq import METHODS, reader, zero_biases
 from .parallel import split
-from .quantization import only_errors, plain_layouts, prepare_bitsandbytes
+from .quantization import check_method, only_errors, plain_layouts, prepare_bitsandbytes
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +119,7 @@ def _from_pretrained(checkpoint: Checkpoint, options: dict[str, Any], trust: boo
             load: Any = AutoModelForCausalLM.from_pretrained
             # The config apart, because a kernel that config.json names would else win over the one asked for.
             config = AutoConfig.from_pretrained(place, trust_remote_code=trust, local_files_only=True, **known)
-            _unpacked(config)
+            _unpacked(config, folder)
             model, report = load(
                 place,
                 config=config,
@@ -150,7 +151,7 @@ def _from_pretrained(checkpoint: Checkpoint, options: dict[str, Any], trust: boo
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
-def _unpacked(config: Any) -> None:
+def _unpacked(config: Any, folder: Path) -> None:
     """Has transformers unpack quantised weights while it reads them; left to itself it would do so in the first
     forward, or ask for further packages."""
     described = getattr(config, "quantization_config", None)
@@ -161,6 +162,8 @@ def _unpacked(config: Any) -> None:
         described["dequantize"] = True
     elif method in METHODS:
         config.quantization_config = {"quant_method": reader(), "described": described}
+    else:
+        check_method(folder, described)
 
 
 def _unknown_rope(error: Exception, config: Any) -> str | None:

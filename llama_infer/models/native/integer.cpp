@@ -12,6 +12,10 @@
 
 namespace {
 
+constexpr int64_t HALF = 1 << 20;   // bytes: of a usual L2 cache
+constexpr int64_t LARGE = 1 << 18;  // outputs that do not stay in the caches
+constexpr int64_t MANY = 512, WAITING = 1 << 15;  // rows at a time; outputs whose totals may wait: 64 MB of 512 rows
+
 // Memory that a thread keeps for the next call; null where there is none to be had.
 struct Scratch {
     std::unique_ptr<void, void (*)(void*)> held{nullptr, std::free};
@@ -82,10 +86,12 @@ inline void add(const Sums& sums, int tile, const __m512* scale, const float* st
 // weights that come next a part is asked for: where there is little else to do, a line or two with every row, since a core
 // waits for few lines at a time, and more of them would be in the way of the tiles.
 template <typename F, bool STEADY>
-void tiles(const Tokens& tokens, int64_t row, const uint8_t* block, int8_t* panel, float (*total)[BLOCK]) {
-    const int64_t spans = tokens.spans, passes = (tokens.rows + 31) / 32, ahead = spans * F::RECORD;
+void tiles(const Tokens& tokens, int64_t row, const uint8_t* block, const uint8_t* next, int8_t* panel,
+           float (*total)[BLOCK]) {
+    const int64_t spans = tokens.spans, passes = (tokens.rows + 31) / 32;
     const int rows = int(std::min<int64_t>(32, tokens.rows - row));
-    const uint8_t *asked = block + (STEADY ? AHEAD : ahead + row / 32 * ahead / passes / 64 * 64), *enough = asked;
+    const uint8_t* asked = STEADY ? block + AHEAD : next + row / 32 * spans * F::RECORD / passes / 64 * 64;
+    const uint8_t* enough = asked;
     const int64_t each = F::RECORD / 2 / rows / 64 * 64;  // line by line, the rest between the units
     Sums sums[2];
     __m512 scale[2];
@@ -142,67 +148,125 @@ void tiles(const Tokens& tokens, int64_t row, const uint8_t* block, int8_t* pane
 }
 #endif
 
-template <typename T>
+// What comes of the totals of a block, row by row: whole lines, which is what writing past the caches asks for.
+template <bool PAST, typename T>
 void finish(const float (*total)[BLOCK], int64_t rows, int64_t first, int64_t outputs, const T* bias, T* y) {
-    for (int quad = 0; quad < 4 && first + 16 * quad < outputs; quad++) {
-        const int64_t at = first + 16 * quad, left = std::min<int64_t>(16, outputs - at);
-        const __mmask16 these = __mmask16((1 << left) - 1);
-        const __m512 more = bias ? load(bias + at, these) : _mm512_setzero_ps();
-        for (int64_t r = 0; r < rows; r++)
-            store(y + r * outputs + at, these, _mm512_add_ps(_mm512_load_ps(total[r] + 16 * quad), more));
+    __m512 more[4];
+    __mmask16 these[4];
+    for (int quad = 0; quad < 4; quad++) {
+        const int64_t at = first + 16 * quad, left = std::clamp<int64_t>(outputs - at, 0, 16);
+        these[quad] = __mmask16((1 << left) - 1);
+        more[quad] = bias ? load(bias + at, these[quad]) : _mm512_setzero_ps();
     }
+    y += first;
+    for (int64_t r = 0; r < rows; r++, y += outputs)
+#pragma GCC unroll 4
+        for (int quad = 0; quad < 4; quad++) {
+            const __m512 sum = _mm512_add_ps(_mm512_load_ps(total[r] + 16 * quad), more[quad]);
+            if (PAST)
+                stream(y + 16 * quad, sum);
+            else
+                store(y + 16 * quad, these[quad], sum);
+        }
 }
+
+// What a thread needs for itself.
+template <typename F>
+struct Own {
+    alignas(64) float total[32][BLOCK];
+    int8_t* panel = nullptr;
+    bool tiled = false;
+#ifdef LLAMA_INFER_TILES
+    std::optional<Tiles> shaped;
+
+    Own(int64_t rows, int64_t spans) {
+        static thread_local Scratch memory;
+        if (rows <= FEW || !have_tiles()) return;
+        const bool expands = F::QUAD < 16 * SPAN;
+        if (expands) panel = (int8_t*)memory.at_least(spans * BLOCK * SPAN);
+        tiled = panel || !expands;  // else the other way, to the same numbers
+        if (tiled) shaped.emplace();
+    }
+#else
+    Own(int64_t, int64_t) {}
+#endif
+
+    // Adds to the totals of the rows from `row` on, of a block for all tokens; how many rows that were.
+    int64_t add(const Tokens& tokens, int64_t row, const uint8_t* block, const uint8_t* next) {
+        const int64_t done = std::min<int64_t>(tiled ? 32 : FEW, tokens.rows - row);
+#ifdef LLAMA_INFER_TILES
+        if (tiled) {
+            (tokens.rows > 32 ? tiles<F, false> : tiles<F, true>)(tokens, row, block, next, panel, total);
+            return done;
+        }
+#endif
+        switch (done) {
+            case 1: few<F, 1>(tokens, row, block, total); break;
+            case 2: few<F, 2>(tokens, row, block, total); break;
+            case 3: few<F, 3>(tokens, row, block, total); break;
+            case 4: few<F, 4>(tokens, row, block, total); break;
+            case 5: few<F, 5>(tokens, row, block, total); break;
+            case 6: few<F, 6>(tokens, row, block, total); break;
+            case 7: few<F, 7>(tokens, row, block, total); break;
+            default: few<F, 8>(tokens, row, block, total);
+        }
+        return done;
+    }
+};
+
+// Tokens leave half of a usual L2 cache to the weights: so many rows at a time, or, where that would read all weights too
+// often, so many inputs, between which the totals wait.
+struct Shares {
+    int64_t rows, spans;
+
+    Shares(int64_t all, int64_t spans, int64_t outputs)
+        : rows(std::max<int64_t>(32, HALF / (spans * SPAN) / 32 * 32)), spans(spans) {
+        if (all <= rows || rows >= MANY || outputs > WAITING) return;
+        rows = std::min(MANY, (all + 31) / 32 * 32);
+        this->spans = HALF / (rows * SPAN);
+    }
+};
 
 // y = x w + bias. x [rows, width] and y [rows, outputs] are dense. False where there is no memory.
 template <typename F, typename T>
 bool linear(const T* x, const uint8_t* weight, const T* bias, T* y, int64_t rows, int64_t width, int64_t outputs) {
     const int64_t spans = (width + SPAN - 1) / SPAN, blocks = (outputs + BLOCK - 1) / BLOCK;
-    // As many rows at a time as leave half of a usual L2 cache to the weights.
-    const int64_t most = std::max<int64_t>(32, (int64_t(1) << 20) / (spans * SPAN) / 32 * 32);
-    const bool amx = rows > FEW && have_tiles();
-    static thread_local Scratch memory;
-    for (int64_t begin = 0; begin < rows; begin += most) {
-        const int64_t count = std::min(most, rows - begin);
-        void* place = memory.at_least(Tokens::bytes(count, spans));
-        if (!place) return false;
-        Tokens tokens(count, spans, place);
+    const Shares most(rows, spans, outputs);
+    const bool past = rows * outputs >= LARGE && outputs % BLOCK == 0 && (uintptr_t)y % 64 == 0;
+    const auto end = past ? finish<true, T> : finish<false, T>;
+    static thread_local Scratch memory, patience;
+    for (int64_t begin = 0; begin < rows; begin += most.rows) {
+        const int64_t count = std::min(most.rows, rows - begin), held = most.spans < spans ? blocks * count : 0;
+        void* place = memory.at_least(Tokens::bytes(count, most.spans));
+        auto* waiting = (float(*)[BLOCK])patience.at_least(held * sizeof(float[BLOCK]));
+        if (!place || (held && !waiting)) return false;
+        for (int64_t start = 0; start < spans; start += most.spans) {
+            Tokens tokens(count, std::min(most.spans, spans - start), place);
+            const T* inputs = x + begin * width + start * SPAN;
 #pragma omp parallel for if (count * width > 32768)
-        for (int64_t row = 0; row < count; row++) tokens.quantise(x + (begin + row) * width, row, width);
+            for (int64_t row = 0; row < count; row++)
+                tokens.quantise(inputs + row * width, row, std::min(tokens.spans * SPAN, width - start * SPAN));
 #pragma omp parallel
-        {
-            alignas(64) float total[32][BLOCK];
-#ifdef LLAMA_INFER_TILES
-            static thread_local Scratch own;
-            int8_t* panel = nullptr;
-            if (amx && F::QUAD < 16 * SPAN) panel = (int8_t*)own.at_least(spans * BLOCK * SPAN);
-            const bool tiled = amx && (panel || F::QUAD == 16 * SPAN);  // else the other way, to the same numbers
-            std::optional<Tiles> shaped;
-            if (tiled) shaped.emplace();
-#else
-            const bool tiled = amx;
-#endif
+            {
+                Own<F> own(count, tokens.spans);
 #pragma omp for schedule(static)
-            for (int64_t b = 0; b < blocks; b++) {
-                const uint8_t* block = weight + b * spans * F::RECORD;
-                for (int64_t row = 0; row < count;) {
-                    int64_t done = std::min<int64_t>(tiled ? 32 : FEW, count - row);
-                    std::memset(total, 0, done * sizeof(*total));
-#ifdef LLAMA_INFER_TILES
-                    if (tiled) (count > 32 ? tiles<F, false> : tiles<F, true>)(tokens, row, block, panel, total);
-#endif
-                    if (!tiled) switch (done) {
-                        case 1: few<F, 1>(tokens, row, block, total); break;
-                        case 2: few<F, 2>(tokens, row, block, total); break;
-                        case 3: few<F, 3>(tokens, row, block, total); break;
-                        case 4: few<F, 4>(tokens, row, block, total); break;
-                        case 5: few<F, 5>(tokens, row, block, total); break;
-                        case 6: few<F, 6>(tokens, row, block, total); break;
-                        case 7: few<F, 7>(tokens, row, block, total); break;
-                        default: few<F, 8>(tokens, row, block, total);
+                for (int64_t b = 0; b < blocks; b++) {
+                    const uint8_t* block = weight + (b * spans + start) * F::RECORD;
+                    for (int64_t row = 0, done; row < count; row += done) {
+                        float(*wait)[BLOCK] = held ? waiting + b * count + row : nullptr;
+                        const size_t size = std::min<int64_t>(32, count - row) * sizeof *wait;
+                        if (start == 0)
+                            std::memset(own.total, 0, size);
+                        else
+                            std::memcpy(own.total, wait, size);
+                        done = own.add(tokens, row, block, block + spans * F::RECORD);
+                        if (start + most.spans >= spans)
+                            end(own.total, done, b * BLOCK, outputs, bias, y + (begin + row) * outputs);
+                        else
+                            std::memcpy(wait, own.total, done * sizeof *wait);
                     }
-                    finish(total, done, b * BLOCK, outputs, bias, y + (begin + row) * outputs);
-                    row += done;
                 }
+                _mm_sfence();  // what was written past the caches is there for all
             }
         }
     }

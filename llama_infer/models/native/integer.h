@@ -29,13 +29,19 @@ inline __m512 load(const uint16_t* from, __mmask16 these) { return widen(_mm256_
 
 inline void store(float* to, __mmask16 these, __m512 x) { _mm512_mask_storeu_ps(to, these, x); }
 
-inline void store(uint16_t* to, __mmask16 these, __m512 x) {  // to the nearest, ties to even
+inline __m256i narrow(__m512 x) {  // to the nearest, ties to even
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i high = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
     high = _mm512_mask_mov_epi32(high, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-    _mm256_mask_storeu_epi16(to, these, _mm512_cvtepi32_epi16(high));
+    return _mm512_cvtepi32_epi16(high);
 }
+
+inline void store(uint16_t* to, __mmask16 these, __m512 x) { _mm256_mask_storeu_epi16(to, these, narrow(x)); }
+
+// Past the caches, which need not read first what is written whole; aligned, all sixteen.
+inline void stream(float* to, __m512 x) { _mm512_stream_ps(to, x); }
+inline void stream(uint16_t* to, __m512 x) { _mm256_stream_si256((__m256i*)to, narrow(x)); }
 
 // Quantised activations: 16 tokens together, 64 inputs of one after 64 of the other, as AMX takes them.
 struct Tokens {
@@ -72,15 +78,22 @@ struct Tokens {
             const bool none = largest < 1e-30f;
             scale[row * spans + span] = none ? 0 : largest / 127;
             const __m512 up = _mm512_set1_ps(none ? 0 : 127 / largest);
-            for (int i = 0; i < 8; i += 2) {
-                int32_t sum = 0;
-                for (int j = i; j < i + 2; j++) {
-                    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(found[j], up));
-                    const __m128i bytes = _mm512_cvtsepi32_epi8(whole);
-                    _mm_storeu_si128((__m128i*)(tiles(row) + (2 * span + j / 4) * 1024 + j % 4 * 16), bytes);
-                    sum += _mm512_reduce_add_epi32(_mm512_cvtepi8_epi32(bytes));
-                }
-                sums[(row * spans + span) * 4 + i / 2] = sum;
+            for (int half = 0; half < 2; half++) {
+                __m512i whole[4];
+                for (int i = 0; i < 4; i++) whole[i] = _mm512_cvtps_epi32(_mm512_mul_ps(found[4 * half + i], up));
+                // Packing leaves four bytes of each vector side by side, in the order of the vectors.
+                const __m512i mixed = _mm512_packs_epi16(_mm512_packs_epi32(whole[0], whole[1]),
+                                                         _mm512_packs_epi32(whole[2], whole[3]));
+                const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+                const __m512i bytes = _mm512_permutexvar_epi32(order, mixed);
+                _mm512_store_si512(tiles(row) + (2 * span + half) * 1024, bytes);
+                __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), bytes);
+                sum = _mm512_add_epi32(sum, _mm512_shuffle_i32x4(sum, sum, _MM_SHUFFLE(2, 3, 0, 1)));
+                sum = _mm512_add_epi32(sum, _mm512_shuffle_epi32(sum, _MM_PERM_BADC));
+                sum = _mm512_add_epi32(sum, _mm512_shuffle_epi32(sum, _MM_PERM_CDAB));
+                int32_t* to = sums + (row * spans + span) * 4 + 2 * half;
+                to[0] = _mm_cvtsi128_si32(_mm512_castsi512_si128(sum));
+                to[1] = _mm_cvtsi128_si32(_mm512_extracti32x4_epi32(sum, 2));
             }
         }
     }
