@@ -58,8 +58,7 @@ Tiles shapes() {
 template <int DIM, int HEADS>
 void compare(const Half* keys, int64_t count, const Half* soon, Work<DIM, HEADS>& work) {
     const int64_t whole = count / SIDE * SIDE;
-    if (whole < count) {  // the cache may end here, and what lies behind the row may be NaN
-        std::memset(work.last, 0, sizeof work.last);
+    if (whole < count) {  // the cache may end here, and what lies behind the row may be NaN: weigh drops it
         std::memcpy(work.last, keys + whole * DIM, (count - whole) * DIM * sizeof(Half));
     }
     const auto line = [&](int64_t t) { return t < whole ? keys + t * DIM : work.last[0]; };
