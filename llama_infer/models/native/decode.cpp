@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "numbers.h"
+#include "power.h"
 #include "tiles.h"
 #include "values.h"
 

@@ -7,6 +7,7 @@
 #include <cstdlib>
 
 #include "numbers.h"
+#include "power.h"
 #include "tiles.h"
 
 #ifdef LLAMA_INFER_TILES

@@ -12,8 +12,6 @@
 
 #include <algorithm>
 #include <cstdint>
-
-#include "numbers.h"
 #endif
 
 namespace {
@@ -32,17 +30,6 @@ inline bool have_tiles() {
 // To be called between writing what tiles are loaded from and loading them: the intrinsics do not tell the compiler that
 // they read memory, and it might write later, or not at all.
 inline void written() { __asm__ volatile("" ::: "memory"); }
-
-// 2^x for x <= 0, within 4e-6 of it, a thousandth of what rounding the weights loses; 0 where it is next to nothing.
-inline Lanes power(Lanes x) {
-    const Lanes whole = (Lanes)_mm512_roundscale_ps((__m512)x, 8), rest = x - whole;
-    Lanes sum = rest * 9.676037e-3f + 5.5922036e-2f;
-    sum = sum * rest + 2.4022107e-1f;
-    sum = sum * rest + 6.9312103e-1f;
-    sum = sum * rest + 1.f;
-    const Lanes scaled = (Lanes)_mm512_scalef_ps((__m512)sum, (__m512)whole);
-    return x < -126.f ? Lanes{} : scaled;  // NaN stays
-}
 
 // A thread's tiles, 16 lines of 64 bytes each, but for 0, 1 and 4, which have `upper` lines; in the end as they were, for
 // oneDNN keeps its own from call to call.
