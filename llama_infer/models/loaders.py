@@ -36,7 +36,7 @@ from .gguf import check_gguf, is_gguf, load_gguf_tokenizer
 from .locate import locate
 from .memory import check_fits
 from .quantization import need_reader
-from .weights import first_line, load_model, pick_policy, quiet
+from .weights import first_line, load_model, pick_policy, quiet, uncollected
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,8 @@ class AutoLoader:
         nothing loaded behind.
         """
         try:
-            return self._load(source)
+            with uncollected():
+                return self._load(source)
         except BaseException as error:
             release(error)
             raise

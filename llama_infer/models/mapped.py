@@ -52,6 +52,13 @@ def is_mapped(tensor: Tensor) -> bool:
     return _all_of_a_file(page, page + 1)
 
 
+def mapped_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights that lie in mapped files and are read in every step."""
+    found = {tensor.data_ptr(): tensor for tensor in model.parameters() if is_mapped(tensor)}
+    apart = {module.weight.data_ptr() for module in model.modules() if isinstance(module, MappedEmbedding)}
+    return sum(tensor.numel() * tensor.element_size() for at, tensor in found.items() if at not in apart)
+
+
 class MappedEmbedding(nn.Module):
     """``nn.Embedding`` on a weight that lies in a mapped file, whose rows are read by :func:`rows_of`."""
 

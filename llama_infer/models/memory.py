@@ -44,12 +44,17 @@ class MemoryPlan:
 
 
 def plan_batch(model: PreTrainedModel, asked: int, context_length: int) -> MemoryPlan:
-    """The batch of a loaded model that fits into what is free. InsufficientMemoryError when not even one row does."""
+    """The batch of a loaded model that fits into what is free. InsufficientMemoryError when not even one row does.
+
+    The system counts the files that it could drop as free. A model's own are read in every step: they are not.
+    """
+    from .mapped import mapped_bytes
+
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "meta"}
     config: Any = model.config.get_text_config()
     each = token_bytes({name: getattr(config, name, None) for name in _FIELDS}, model.dtype.itemsize) * _GROWTH
     found = [_free(device, asked * ROW_TOKENS * each / _SHARE) for device in devices]
-    free = sum(bytes for bytes in found if bytes is not None)
+    free = sum(bytes for bytes in found if bytes is not None) - mapped_bytes(model)
     if not found or None in found or not each:
         return MemoryPlan(asked)
     tokens = int(_SHARE * free / each)
