@@ -76,10 +76,14 @@ void gather(const Layer& layer, const Half* x, int64_t rows, int64_t columns, in
     }
 }
 
-// What is asked for ahead, in each step LINES lines: the processor's own foresight ends at every page.
+// What is asked for ahead, in each step some lines: the processor's own foresight ends at every page.
 struct Ahead {
     const Half* at;
     int64_t line, step;  // from a line to the next, from a step to the next
+
+    void ask(int first, int end) const {
+        for (int n = first; n < end; n++) __builtin_prefetch(at + n * line, 0, 2);
+    }
 };
 
 // A block's weights, from a first input on.
@@ -90,7 +94,8 @@ struct Weights {
 };
 
 // 32 outputs of up to 32 rows, LOWER: of more than 16: adds `steps` times 32 products to the sums, four tiles (0 to 3;
-// 4 and 5 are x, 6 and 7 weights).
+// 4 and 5 are x, 6 and 7 weights). Weights that are needed soon are asked for a few lines at a time: a tile's own lines wait
+// when all of the first cache's requests are under way.
 template <bool LOWER, int LINES>
 void products(Weights w, const Half* x, const Half* below, int64_t columns, int64_t steps, bool fresh, float* sums,
               Ahead ahead) {
@@ -111,13 +116,15 @@ void products(Weights w, const Half* x, const Half* below, int64_t columns, int6
         }
     }
     for (int64_t s = 0; s < steps; s++, x += columns * WIDE, below += columns * WIDE) {
-        for (int line = 0; line < LINES; line++) __builtin_prefetch(ahead.at + line * ahead.line, 0, 2);
-        ahead.at += ahead.step;
-        _tile_loadd(6, w.at, w.row * sizeof(Half));
-        _tile_loadd(7, w.at + TALL * w.row, w.row * sizeof(Half));
         _tile_loadd(4, x, columns * 4);
+        ahead.ask(0, LINES / 4);
+        _tile_loadd(6, w.at, w.row * sizeof(Half));
+        ahead.ask(LINES / 4, LINES / 2);
         _tile_dpbf16ps(0, 6, 4);
+        _tile_loadd(7, w.at + TALL * w.row, w.row * sizeof(Half));
+        ahead.ask(LINES / 2, LINES);
         _tile_dpbf16ps(1, 7, 4);
+        ahead.at += ahead.step;
         if constexpr (LOWER) {
             _tile_loadd(5, below, 64);
             _tile_dpbf16ps(2, 6, 5);
