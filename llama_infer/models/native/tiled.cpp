@@ -1,6 +1,6 @@
-// Linear layers in bfloat16 by the processor's tiles (AMX): y [rows, out] = x [rows, in] W^T + bias, where W [out, in] is
-// read as it lies, from wherever it lies. A tile of weights is sixteen outputs of 32 inputs; a tile of x has a line for
-// each two of these inputs, and a column for each of sixteen rows. Sums are in float32, in an order that depends on the
+// Linear layers in bfloat16 by the processor's tiles (AMX): y [rows, out] = x [rows, in] W^T + bias, where W [out, in]
+// is read as it lies, from wherever it lies. A tile of weights is sixteen outputs of 32 inputs; a tile of x has a line
+// for each two of these inputs, and a column for each of sixteen rows. Sums are in float32, in an order that depends on the
 // layer alone: a row's result is the same whatever other rows are in the call.
 
 #include "numbers.h"
@@ -58,9 +58,10 @@ inline void transpose(__m512i* lines) {
 // Where the s-th 32 inputs begin. The last ones overlap those before where 32 does not divide their number.
 inline int64_t begin(const Layer& layer, int64_t s) { return std::min(s * WIDE, layer.in - WIDE); }
 
-// Of up to sixteen rows of x `steps` times 32 inputs, as tiles of that many columns, the rows that are not there as zeros,
-// and inputs that were in the tile before.
-void gather(const Layer& layer, const Half* x, int64_t rows, int64_t columns, int64_t first, int64_t steps, Half* tiles) {
+// Of up to sixteen rows of x `steps` times 32 inputs, as tiles of that many columns. Zeros stand for rows that are not
+// there, and for inputs that were in the tile before.
+void gather(const Layer& layer, const Half* x, int64_t rows, int64_t columns, int64_t first, int64_t steps,
+            Half* tiles) {
     const __mmask16 held = __mmask16((1u << columns) - 1);
     for (int64_t s = first; s < first + steps; s++, tiles += WIDE * columns) {
         const int64_t k = begin(layer, s);
@@ -94,8 +95,8 @@ struct Weights {
 };
 
 // 32 outputs of up to 32 rows, LOWER: of more than 16: adds `steps` times 32 products to the sums, four tiles (0 to 3;
-// 4 and 5 are x, 6 and 7 weights). Weights that are needed soon are asked for a few lines at a time: a tile's own lines wait
-// when all of the first cache's requests are under way.
+// 4 and 5 are x, 6 and 7 weights). Weights that are needed soon are asked for a few lines at a time: a tile's own lines
+// wait when all of the first cache's requests are under way.
 template <bool LOWER, int LINES>
 void products(Weights w, const Half* x, const Half* below, int64_t columns, int64_t steps, bool fresh, float* sums,
               Ahead ahead) {
@@ -178,17 +179,17 @@ void add(const Layer& layer, int64_t first, int64_t next, const Half* x, int64_t
          float* sums, Half* y) {
     const int64_t columns = std::min(rows, TALL), all = (layer.in + WIDE - 1) / WIDE;
     const int64_t some = LINES == 32 ? steps : INNER / WIDE;
-    const bool whole = steps * WIDE == layer.in;  // then they are asked for as they lie, else line by line of each output
+    const bool whole = steps * WIDE == layer.in;  // then the next are asked for as they lie, else a line of each output
     alignas(64) Half staged[STAGED ? BLOCK * INNER : 1];
     for (int64_t s = 0; s < steps; s += some) {
         const int64_t count = std::min(some, steps - s), start = begin(layer, from + s);
         const int64_t last = count > 1 ? begin(layer, from + s + count - 1) - begin(layer, from + s + count - 2) : 0;
         Weights w = {layer.weight + first * layer.in + start, layer.in, WIDE, last};
         if constexpr (STAGED) {
-            for (int64_t at = 0; at < count; at++)
-                for (int64_t n = 0; n < BLOCK; n++)
+            for (int64_t n = 0; n < BLOCK; n++)
+                for (int64_t at = 0; at < count; at++)
                     std::memcpy(staged + (at * BLOCK + n) * WIDE,
-                                layer.weight + (first + n) * layer.in + begin(layer, from + s + at), WIDE * sizeof(Half));
+                                layer.weight + (first + n) * layer.in + begin(layer, from + s + at), sizeof(Half) * WIDE);
             w = {staged, WIDE, BLOCK * WIDE, BLOCK * WIDE};
         }
         for (int64_t r = 0; r < rows; r += 2 * TALL) {
@@ -200,13 +201,14 @@ void add(const Layer& layer, int64_t first, int64_t next, const Half* x, int64_t
             const auto run = rows - r > TALL ? products<true, LINES> : products<false, LINES>;
             run(w, tiles, tiles + columns * steps * WIDE, columns, count, from + s == 0, sums + r * 32, ahead);
             const auto end = rows * layer.out < LARGE ? finish<false> : finish<true>;
-            if (from + s + count == all) end(layer, first, sums + r * 32, std::min(2 * TALL, rows - r), y + r * layer.out);
+            if (from + s + count == all)
+                end(layer, first, sums + r * 32, std::min(2 * TALL, rows - r), y + r * layer.out);
         }
     }
 }
 
-// The outputs `first`..`end` (exclusive) of up to MOST_ROWS rows. Inputs are taken a chunk at a time; where there is more
-// than one, the sums wait in between.
+// The outputs `first`..`end` (exclusive) of up to MOST_ROWS rows. Inputs are taken a chunk at a time; where there is
+// more than one, the sums wait in between.
 bool tiled(const Layer& layer, const Half* x, Half* y, int64_t rows, int64_t first, int64_t end, int64_t chunk) {
     const int64_t padded = (rows + TALL - 1) / TALL * TALL, size = (padded + TALL) / (2 * TALL) * 1024;
     const int64_t columns = std::min(rows, TALL), all = (layer.in + WIDE - 1) / WIDE;
@@ -251,9 +253,10 @@ bool tiled(const Layer& layer, const Half* x, Half* y, int64_t rows, int64_t fir
 // Whether there are tiles.
 extern "C" bool available() { return have_tiles(); }
 
-// x [rows, in], y [rows, out] and W [out, in] lie densely; at least 32 inputs and 32 outputs; bias: or null. False: there
-// is no memory.
-extern "C" bool linear(const Half* weight, const Half* bias, const Half* x, Half* y, int64_t rows, int64_t out, int64_t in) {
+// x [rows, in], y [rows, out] and W [out, in] lie densely; at least 32 inputs and 32 outputs; bias: or null. False:
+// there is no memory.
+extern "C" bool linear(const Half* weight, const Half* bias, const Half* x, Half* y, int64_t rows, int64_t out,
+                       int64_t in) {
 #ifdef LLAMA_INFER_TILES
     const Layer layer = {weight, bias, out, in};
     const int64_t parts = (rows + MOST_ROWS - 1) / MOST_ROWS;  // alike, because each reads all weights
