@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import mmap
 import os
 import shutil
@@ -15,11 +16,14 @@ import torch.nn.functional as F
 from checkpoints import write_checkpoint
 from safetensors.torch import load_file, save_file
 
+from llama_infer.errors import InsufficientMemoryError
+from llama_infer.models import memory
 from llama_infer.models.loaders import AutoLoader
-from llama_infer.models.mapped import MappedEmbedding, _FileRows, is_mapped, release, rows_of
+from llama_infer.models.mapped import MappedEmbedding, _FileRows, is_mapped, mapped_bytes, release, rows_of
 from llama_infer.models.native import tiled
 from llama_infer.models.packed import refusal
 from llama_infer.parts import Source
+from llama_infer.testing import tiny_llama
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what is mapped")
 HERE = refusal(torch.device("cpu"), torch.bfloat16)
@@ -89,3 +93,26 @@ def test_a_tied_embedding_reads_the_file_and_saves(tmp_path, monkeypatch):
     ids = torch.tensor([[3, 0, 263], [7, 7, 1]])
     assert torch.equal(embedding(ids), F.embedding(ids, embedding.weight))
     assert torch.equal(embedding.weight, load(tmp_path, "none").lm_head.weight)
+
+
+def test_mapped_weights_are_not_free_memory(tmp_path, monkeypatch):
+    """The system would drop a file's pages for others; the model reads them in every step."""
+    write_checkpoint(tmp_path, hidden_size=128, dtype="bfloat16", tie_word_embeddings=True)
+    model = load(tmp_path, "none")
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    assert mapped_bytes(model) == size and mapped_bytes(tiny_llama()) == 0
+    monkeypatch.setattr(memory, "free_memory", lambda device: size + 1000)
+    with pytest.raises(InsufficientMemoryError, match="0.0 MB are free"):
+        memory.plan_batch(model, 4, 4096)
+
+
+def test_cycles_are_collected_again_after_loading(tmp_path):
+    write_checkpoint(tmp_path, hidden_size=64)
+    load(tmp_path, "none")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        load(tmp_path, "none")
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
