@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t TALL = 16, WIDE = 32;  // a tile's outputs, or rows; its inputs
 constexpr int64_t BLOCK = 2 * TALL;  // outputs that are computed together
 constexpr int64_t MOST_ROWS = 256, INNER = 1024;  // of a pass over the weights; inputs before sums are put aside
+constexpr int64_t UNSTAGED = 128;  // rows at most, whose weights are read where they lie
 constexpr int64_t CHUNK = 1 << 19;  // inputs, of all rows of a pass, that stay in the second cache
 constexpr int64_t MOST_OUTPUTS = 1 << 13;  // whose sums wait between chunks
 constexpr int64_t LARGE = 1 << 18;  // outputs that do not stay in the second cache
@@ -77,13 +78,38 @@ void gather(const Layer& layer, const Half* x, int64_t rows, int64_t columns, in
     }
 }
 
-// What is asked for ahead, in each step some lines: the processor's own foresight ends at every page.
+// What is asked for ahead, in each step some lines, in four parts: the processor's own foresight ends at every page.
+template <int LINES>
 struct Ahead {
     const Half* at;
     int64_t line, step;  // from a line to the next, from a step to the next
 
-    void ask(int first, int end) const {
-        for (int n = first; n < end; n++) __builtin_prefetch(at + n * line, 0, 2);
+    void part(int64_t s, int quarter) const {
+        for (int n = LINES * quarter / 4; n < LINES * (quarter + 1) / 4; n++)
+            __builtin_prefetch(at + s * step + n * line, 0, 2);
+    }
+};
+
+// Up to INNER inputs of a block's 32 outputs.
+struct Chunk {
+    const Half* at;
+    int64_t first, s, count, last;  // its first output; its first 32 inputs, how many, where the last of them begin
+};
+
+// In each step 32 inputs of some of the next chunk's outputs are laid side by side; of the chunk after it they are asked
+// for, to be in the second cache when it is their turn.
+struct Staging {
+    const Half *next, *later;
+    int64_t row, last;  // from an output to the next, where the next chunk's last 32 inputs begin
+    Half* staged;
+    int lines;
+
+    void part(int64_t s, int quarter) const {
+        const Half* at = next + std::min(s * WIDE, last);
+        for (int n = lines * quarter / 4; n < lines * (quarter + 1) / 4; n++) {
+            _mm512_store_si512(staged + (s * BLOCK + n) * WIDE, _mm512_loadu_si512(at + n * row));
+            __builtin_prefetch(later + s * WIDE + n * row, 0, 2);
+        }
     }
 };
 
@@ -95,11 +121,11 @@ struct Weights {
 };
 
 // 32 outputs of up to 32 rows, LOWER: of more than 16: adds `steps` times 32 products to the sums, four tiles (0 to 3;
-// 4 and 5 are x, 6 and 7 weights). Weights that are needed soon are asked for a few lines at a time: a tile's own lines
-// wait when all of the first cache's requests are under way.
-template <bool LOWER, int LINES>
+// 4 and 5 are x, 6 and 7 weights). Meanwhile weights that are needed soon are fetched, a few lines at a time: a tile's own
+// lines wait when all of the first cache's requests are under way.
+template <bool LOWER, typename Meanwhile>
 void products(Weights w, const Half* x, const Half* below, int64_t columns, int64_t steps, bool fresh, float* sums,
-              Ahead ahead) {
+              Meanwhile soon) {
     written();
     if (fresh) {
         _tile_zero(0);
@@ -118,14 +144,14 @@ void products(Weights w, const Half* x, const Half* below, int64_t columns, int6
     }
     for (int64_t s = 0; s < steps; s++, x += columns * WIDE, below += columns * WIDE) {
         _tile_loadd(4, x, columns * 4);
-        ahead.ask(0, LINES / 4);
+        soon.part(s, 0);
         _tile_loadd(6, w.at, w.row * sizeof(Half));
-        ahead.ask(LINES / 4, LINES / 2);
+        soon.part(s, 1);
         _tile_dpbf16ps(0, 6, 4);
         _tile_loadd(7, w.at + TALL * w.row, w.row * sizeof(Half));
-        ahead.ask(LINES / 2, LINES);
+        soon.part(s, 2);
         _tile_dpbf16ps(1, 7, 4);
-        ahead.at += ahead.step;
+        soon.part(s, 3);
         if constexpr (LOWER) {
             _tile_loadd(5, below, 64);
             _tile_dpbf16ps(2, 6, 5);
@@ -170,40 +196,87 @@ void finish(const Layer& layer, int64_t first, const float* sums, int64_t rows, 
     }
 }
 
-// Adds to the sums of 32 outputs from `first` on, of up to MOST_ROWS rows, what `steps` times 32 inputs give; x: those
-// inputs as tiles. `next`: the outputs after these. With the last inputs y is written, a few lines at a time: each is a
-// miss of the caches, for which the next products do not wait. STAGED: weights are laid side by side first, which pays
-// when they are read several times.
-template <int LINES, bool STAGED>
-void add(const Layer& layer, int64_t first, int64_t next, const Half* x, int64_t rows, int64_t from, int64_t steps,
-         float* sums, Half* y) {
-    const int64_t columns = std::min(rows, TALL), all = (layer.in + WIDE - 1) / WIDE;
-    const int64_t some = LINES == 32 ? steps : INNER / WIDE;
-    const bool whole = steps * WIDE == layer.in;  // then the next are asked for as they lie, else a line of each output
-    alignas(64) Half staged[STAGED ? BLOCK * INNER : 1];
-    for (int64_t s = 0; s < steps; s += some) {
-        const int64_t count = std::min(some, steps - s), start = begin(layer, from + s);
-        const int64_t last = count > 1 ? begin(layer, from + s + count - 1) - begin(layer, from + s + count - 2) : 0;
-        Weights w = {layer.weight + first * layer.in + start, layer.in, WIDE, last};
-        if constexpr (STAGED) {
-            for (int64_t n = 0; n < BLOCK; n++)
-                for (int64_t at = 0; at < count; at++)
-                    std::memcpy(staged + (at * BLOCK + n) * WIDE,
-                                layer.weight + (first + n) * layer.in + begin(layer, from + s + at), sizeof(Half) * WIDE);
-            w = {staged, WIDE, BLOCK * WIDE, BLOCK * WIDE};
-        }
-        for (int64_t r = 0; r < rows; r += 2 * TALL) {
+// `steps` times 32 inputs of up to MOST_ROWS rows, the `from`-th 32 inputs first, as tiles.
+struct Inputs {
+    const Half* tiles;
+    int64_t rows, from, steps;
+};
+
+// Up to `most` times 32 of these inputs, the s-th first.
+Chunk chunk(const Layer& layer, const Inputs& x, int64_t first, int64_t s, int64_t most) {
+    const int64_t count = std::min(most, x.steps - s), start = begin(layer, x.from + s);
+    return {layer.weight + first * layer.in + start, first, s, count, begin(layer, x.from + s + count - 1) - start};
+}
+
+// Adds to the sums of up to 32 rows from r on what a chunk gives, whose weights are w. With the last inputs y is written,
+// a few lines at a time: each is a miss of the caches, for which the next products do not wait.
+template <typename Meanwhile>
+void add(const Layer& layer, const Inputs& x, int64_t r, const Chunk& now, Weights w, float* sums, Half* y,
+         const Meanwhile& meanwhile) {
+    const int64_t columns = std::min(x.rows, TALL), all = (layer.in + WIDE - 1) / WIDE;
+    const Half* tiles = x.tiles + r * x.steps * WIDE + now.s * columns * WIDE;
+    const auto run = x.rows - r > TALL ? products<true, Meanwhile> : products<false, Meanwhile>;
+    run(w, tiles, tiles + columns * x.steps * WIDE, columns, now.count, x.from + now.s == 0, sums + r * 32, meanwhile);
+    const auto end = x.rows * layer.out < LARGE ? finish<false> : finish<true>;
+    if (x.from + now.s + now.count == all)
+        end(layer, now.first, sums + r * 32, std::min(2 * TALL, x.rows - r), y + r * layer.out);
+}
+
+// Adds to the sums of 32 outputs from `first` on what all these inputs give. `next`: the outputs after these.
+template <int LINES>
+void block(const Layer& layer, const Inputs& x, int64_t first, int64_t next, float* sums, Half* y) {
+    const int64_t most = LINES == 32 ? x.steps : INNER / WIDE;
+    const bool whole = x.steps * WIDE == layer.in;  // then the next are asked for as they lie, else a line of each output
+    for (int64_t s = 0; s < x.steps; s += most) {
+        const Chunk now = chunk(layer, x, first, s, most);
+        const int64_t last = now.count > 1 ? now.last - (now.count - 2) * WIDE : 0;
+        const Half* soon = layer.weight + next * layer.in + x.from * WIDE;
+        for (int64_t r = 0; r < x.rows; r += 2 * TALL) {
             const int64_t share = r / (2 * TALL) * LINES % 32;
-            const Half* soon = layer.weight + next * layer.in + from * WIDE;
-            const Ahead ahead = whole ? Ahead{soon + s * WIDE * BLOCK + share * count * WIDE, WIDE, LINES * WIDE}
-                                      : Ahead{soon + s * WIDE + share * layer.in, layer.in, WIDE};
-            const Half* tiles = x + r * steps * WIDE + s * columns * WIDE;
-            const auto run = rows - r > TALL ? products<true, LINES> : products<false, LINES>;
-            run(w, tiles, tiles + columns * steps * WIDE, columns, count, from + s == 0, sums + r * 32, ahead);
-            const auto end = rows * layer.out < LARGE ? finish<false> : finish<true>;
-            if (from + s + count == all)
-                end(layer, first, sums + r * 32, std::min(2 * TALL, rows - r), y + r * layer.out);
+            const int64_t before = s * BLOCK + share * now.count;  // lines that others ask for
+            const auto ahead = whole ? Ahead<LINES>{soon + before * WIDE, WIDE, LINES * WIDE}
+                                     : Ahead<LINES>{soon + s * WIDE + share * layer.in, layer.in, WIDE};
+            add(layer, x, r, now, {now.at, layer.in, WIDE, last}, sums, y, ahead);
         }
+    }
+}
+
+// Lays the weights of a chunk side by side, from the s-th 32 inputs on.
+void stage(const Layer& layer, const Chunk& from, int64_t s, Half* staged) {
+    for (; s < from.count; s++)
+        for (int64_t n = 0; n < BLOCK; n++)
+            std::memcpy(staged + (s * BLOCK + n) * WIDE, from.at + n * layer.in + std::min(s * WIDE, from.last),
+                        sizeof(Half) * WIDE);
+}
+
+// The same of some blocks of outputs; place(b): where one's outputs begin. Weights are laid side by side before they are
+// multiplied, which pays when they are read several times: a chunk's while the one before is multiplied, each pair
+// of row tiles a share of the outputs. waiting: sums of `size` for each block, or null where all inputs are there.
+template <typename Place>
+void staged_blocks(const Layer& layer, const Inputs& x, int64_t blocks, const Place& place, float* waiting,
+                   int64_t size, Half* y) {
+    alignas(64) Half staged[2][BLOCK * INNER];
+    alignas(64) float passing[MOST_ROWS * BLOCK];
+    const int64_t most = INNER / WIDE, parts = (x.steps + most - 1) / most;
+    const int64_t pairs = (x.rows + 2 * TALL - 1) / (2 * TALL);
+    const auto nth = [&](int64_t c) {
+        c = std::min(c, blocks * parts - 1);
+        return chunk(layer, x, place(c / parts), c % parts * most, most);
+    };
+    Chunk now = nth(0), next = nth(1);
+    stage(layer, now, 0, staged[0]);
+    for (int64_t c = 0; c < blocks * parts; c++) {
+        const Chunk later = nth(c + 2);
+        Half* other = staged[(c + 1) % 2];
+        for (int64_t p = 0; p < pairs; p++) {
+            const int64_t n = BLOCK * p / pairs, end = BLOCK * (p + 1) / pairs;
+            const Staging staging = {next.at + n * layer.in, later.at + n * layer.in, layer.in, next.last,
+                                     other + n * WIDE, int(end - n)};
+            add(layer, x, p * 2 * TALL, now, {staged[c % 2], WIDE, BLOCK * WIDE, BLOCK * WIDE},
+                waiting ? waiting + c / parts * size : passing, y, staging);
+        }
+        stage(layer, next, now.count, other);  // of a longer one what is left
+        now = next, next = later;
     }
 }
 
@@ -217,11 +290,7 @@ bool tiled(const Layer& layer, const Half* x, Half* y, int64_t rows, int64_t fir
     Half* tiles = scratch<Half>(padded * chunk * WIDE);
     float* waiting = waits ? scratch<float>(blocks * size) : nullptr;
     if (!tiles || (waits && !waiting)) return false;
-    const auto run = rows <= 32    ? add<32, false>
-                     : rows <= 96  ? add<16, false>
-                     : rows <= 128 ? add<8, false>
-                     : rows <= 224 ? add<8, true>
-                                   : add<4, true>;
+    const auto run = rows <= 32 ? block<32> : rows <= 96 ? block<16> : block<8>;
 #pragma omp parallel
     {
         Tiles own(TALL, columns * 4);
@@ -237,9 +306,13 @@ bool tiled(const Layer& layer, const Half* x, Half* y, int64_t rows, int64_t fir
 #pragma omp for schedule(static)
             for (int64_t r = 0; r < rows; r += TALL)
                 gather(layer, x + r * layer.in, rows - r, columns, from, steps, tiles + r * steps * WIDE);
-            for (int64_t b = mine; b < others; b++)
-                run(layer, place(b), place(std::min(b + 1, others - 1)), tiles, rows, from, steps,
+            const Inputs inputs = {tiles, rows, from, steps};
+            for (int64_t b = mine; rows <= UNSTAGED && b < others; b++)
+                run(layer, inputs, place(b), place(std::min(b + 1, others - 1)),
                     waits ? waiting + b * size : passing, y);
+            if (rows > UNSTAGED && mine < others)
+                staged_blocks(layer, inputs, others - mine, [&](int64_t b) { return place(mine + b); },
+                              waits ? waiting + mine * size : nullptr, size, y);
 #pragma omp barrier
         }
         _mm_sfence();  // what was written past the caches is there for all
