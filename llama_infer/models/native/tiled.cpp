@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t TALL = 16, WIDE = 32;  // a tile's outputs, or rows; its inputs
 constexpr int64_t BLOCK = 2 * TALL;  // outputs that are computed together
 constexpr int64_t MOST_ROWS = 256, INNER = 1024;  // of a pass over the weights; inputs before sums are put aside
-constexpr int64_t UNSTAGED = 128;  // rows at most, whose weights are read where they lie
+constexpr int64_t UNSTAGED = 32;  // rows at most, whose weights are read where they lie
 constexpr int64_t CHUNK = 1 << 19;  // inputs, of all rows of a pass, that stay in the second cache
 constexpr int64_t MOST_OUTPUTS = 1 << 13;  // whose sums wait between chunks
 constexpr int64_t LARGE = 1 << 18;  // outputs that do not stay in the second cache
@@ -79,13 +79,12 @@ void gather(const Layer& layer, const Half* x, int64_t rows, int64_t columns, in
 }
 
 // What is asked for ahead, in each step some lines, in four parts: the processor's own foresight ends at every page.
-template <int LINES>
 struct Ahead {
     const Half* at;
     int64_t line, step;  // from a line to the next, from a step to the next
 
     void part(int64_t s, int quarter) const {
-        for (int n = LINES * quarter / 4; n < LINES * (quarter + 1) / 4; n++)
+        for (int n = quarter * BLOCK / 4; n < (quarter + 1) * BLOCK / 4; n++)
             __builtin_prefetch(at + s * step + n * line, 0, 2);
     }
 };
@@ -222,23 +221,14 @@ void add(const Layer& layer, const Inputs& x, int64_t r, const Chunk& now, Weigh
         end(layer, now.first, sums + r * 32, std::min(2 * TALL, x.rows - r), y + r * layer.out);
 }
 
-// Adds to the sums of 32 outputs from `first` on what all these inputs give. `next`: the outputs after these.
-template <int LINES>
+// Adds to the sums of 32 outputs from `first` on what all these inputs of up to 32 rows give. `next`: the outputs after.
 void block(const Layer& layer, const Inputs& x, int64_t first, int64_t next, float* sums, Half* y) {
-    const int64_t most = LINES == 32 ? x.steps : INNER / WIDE;
-    const bool whole = x.steps * WIDE == layer.in;  // then the next are asked for as they lie, else a line of each output
-    for (int64_t s = 0; s < x.steps; s += most) {
-        const Chunk now = chunk(layer, x, first, s, most);
-        const int64_t last = now.count > 1 ? now.last - (now.count - 2) * WIDE : 0;
-        const Half* soon = layer.weight + next * layer.in + x.from * WIDE;
-        for (int64_t r = 0; r < x.rows; r += 2 * TALL) {
-            const int64_t share = r / (2 * TALL) * LINES % 32;
-            const int64_t before = s * BLOCK + share * now.count;  // lines that others ask for
-            const auto ahead = whole ? Ahead<LINES>{soon + before * WIDE, WIDE, LINES * WIDE}
-                                     : Ahead<LINES>{soon + s * WIDE + share * layer.in, layer.in, WIDE};
-            add(layer, x, r, now, {now.at, layer.in, WIDE, last}, sums, y, ahead);
-        }
-    }
+    const Chunk now = chunk(layer, x, first, 0, x.steps);
+    const int64_t last = now.count > 1 ? now.last - (now.count - 2) * WIDE : 0;
+    const Half* soon = layer.weight + next * layer.in + x.from * WIDE;
+    const bool whole = x.steps * WIDE == layer.in;  // then they are asked for as they lie, else a line of each output
+    const Ahead ahead = whole ? Ahead{soon, WIDE, BLOCK * WIDE} : Ahead{soon, layer.in, WIDE};
+    add(layer, x, 0, now, {now.at, layer.in, WIDE, last}, sums, y, ahead);
 }
 
 // Lays the weights of a chunk side by side, from the s-th 32 inputs on.
@@ -290,7 +280,6 @@ bool tiled(const Layer& layer, const Half* x, Half* y, int64_t rows, int64_t fir
     Half* tiles = scratch<Half>(padded * chunk * WIDE);
     float* waiting = waits ? scratch<float>(blocks * size) : nullptr;
     if (!tiles || (waits && !waiting)) return false;
-    const auto run = rows <= 32 ? block<32> : rows <= 96 ? block<16> : block<8>;
 #pragma omp parallel
     {
         Tiles own(TALL, columns * 4);
@@ -308,8 +297,8 @@ bool tiled(const Layer& layer, const Half* x, Half* y, int64_t rows, int64_t fir
                 gather(layer, x + r * layer.in, rows - r, columns, from, steps, tiles + r * steps * WIDE);
             const Inputs inputs = {tiles, rows, from, steps};
             for (int64_t b = mine; rows <= UNSTAGED && b < others; b++)
-                run(layer, inputs, place(b), place(std::min(b + 1, others - 1)),
-                    waits ? waiting + b * size : passing, y);
+                block(layer, inputs, place(b), place(std::min(b + 1, others - 1)),
+                      waits ? waiting + b * size : passing, y);
             if (rows > UNSTAGED && mine < others)
                 staged_blocks(layer, inputs, others - mine, [&](int64_t b) { return place(mine + b); },
                               waits ? waiting + mine * size : nullptr, size, y);
