@@ -20,7 +20,8 @@ from models import SHAPES, checkpoint
 from llama_infer.models.int4 import Int4
 from llama_infer.models.int8 import Int8
 from llama_infer.models.loaders import AutoLoader
-from llama_infer.models.packed import PackedLinear
+from llama_infer.models.native import tiled
+from llama_infer.models.packed import PackedLinear, TiledLinear
 from llama_infer.models.size import weight_bytes
 from llama_infer.parts import Source
 
@@ -48,7 +49,8 @@ def layers(inputs: int, outputs: int) -> dict[str, dict[int, float]]:
     for linear, weight in zip(plain, weights, strict=True):
         linear.weight.data.copy_(weight)
     forms: dict[str, Any] = {"int8": Int8(), "int4": Int4()}
-    made: dict[str, list[Any]] = {"none": list(plain), "packed": [PackedLinear(linear.weight) for linear in plain]}
+    packed = [TiledLinear(linear) if tiled.available() else PackedLinear(linear.weight) for linear in plain]
+    made: dict[str, list[Any]] = {"none": list(plain), "packed": packed}
     for name, form in forms.items():
         made[name] = [form.layer(form.quantise(weight), None, torch.bfloat16) for weight in weights]
     times: dict[str, dict[int, float]] = {name: {} for name in made}

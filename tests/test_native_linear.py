@@ -44,7 +44,7 @@ def close(found, exact):
 @compiled
 @settings(deadline=None, max_examples=60)
 @given(
-    st.one_of(st.integers(1, 32), st.integers(33, 700)),
+    st.integers(1, 32),
     st.integers(1, 150),
     st.integers(1, 200),
     st.sampled_from([16, 32, 48, 64]),
@@ -56,46 +56,27 @@ def test_every_shape_and_layout_is_the_definition(rows, out, inputs, outputs, mu
     laid, lies = laid_out(weight, outputs, multiple)
     x = inputs_of(rows, inputs)
     found = kernel(laid.data_ptr(), (out, inputs), lies, added)(x)
-    if found is None:  # many rows, but no tiles
-        assert rows > 32
-        return
     close(found, linear(x.double(), weight.double(), None if added is None else added.double()))
 
 
 @compiled
-@pytest.mark.parametrize("rows", [1, 40, 256, 257])
-def test_sums_that_wait_between_chunks_of_inputs_lose_nothing(rows):
-    """More inputs than are laid out at once, of as many rows as there can be: ones, which bfloat16 sums exactly."""
-    weight = torch.ones(40, 1024 * 17)
-    weight[:, ::2] = -1
-    weight[torch.arange(40), 300 * torch.arange(40) + 1] += torch.arange(40.0)
-    laid, lies = laid_out(weight.bfloat16(), 32, 32)
-    run = kernel(laid.data_ptr(), tuple(weight.shape), lies, None)
-    found = run(torch.ones(rows, weight.shape[1], dtype=torch.bfloat16))
-    assert found is None or torch.equal(found, torch.arange(40).bfloat16().expand(rows, 40))
-
-
-@compiled
 @pytest.mark.parametrize("outputs", [32, 64])
-@pytest.mark.parametrize("multiple", [16, 32])  # of 16 no tiles: the vectors of every processor
-def test_a_row_is_the_same_in_any_company(outputs, multiple):
+def test_a_row_is_the_same_in_any_company(outputs):
     weight, _ = layer(1100, 16 * 7)
-    laid, lies = laid_out(weight, outputs, multiple)
+    laid, lies = laid_out(weight, outputs, 16)
     run = kernel(laid.data_ptr(), tuple(weight.shape), lies, None)
-    x = inputs_of(600, weight.shape[1])
-    most = 32 if run(x) is None else len(x)
-    x, together = x[:most], run(x[:most])
-    for rows in (*range(1, 32), *(count for count in (33, 49, 100, 256, 257, 511, 599) if count < most)):
+    x = inputs_of(32, weight.shape[1])
+    together = run(x)
+    for rows in range(1, 32):
         assert torch.equal(run(x[:rows]), together[:rows])
         assert torch.equal(run(x[-rows:]), together[-rows:])
 
 
 @compiled
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("multiple", [16, 32])
-def test_what_is_not_finite_stays_so_and_in_its_row(bad, multiple):
+def test_what_is_not_finite_stays_so_and_in_its_row(bad):
     weight, _ = layer(70, 16 * 5)
-    laid, lies = laid_out(weight, 32, multiple)
+    laid, lies = laid_out(weight, 32, 16)
     x = inputs_of(19, weight.shape[1])
     run = kernel(laid.data_ptr(), tuple(weight.shape), lies, None)
     clean = run(x)
@@ -123,7 +104,7 @@ def test_what_onednn_packs_is_read(shape, bias):
         x = inputs_of(rows, shape[1])
         exact = linear(x.double(), weight.double(), None if added is None else added.double())
         close(packed(x), exact)
-        assert kernel(x) is not None or rows > 32
+        assert (kernel(x) is not None) == (rows <= 32)
         packed.kernel = None
         close(packed(x), exact)
         packed.kernel = kernel

@@ -11,7 +11,8 @@ from llama_infer import Pipeline
 from llama_infer.errors import ParameterError, UnsupportedError
 from llama_infer.models.loaders import AutoLoader
 from llama_infer.models.mapped import release
-from llama_infer.models.packed import Packed, PackedLinear, refusal
+from llama_infer.models.native import tiled
+from llama_infer.models.packed import Packed, PackedLinear, TiledLinear, refusal
 from llama_infer.parts import Source
 from llama_infer.testing import tiny_llama
 
@@ -25,23 +26,34 @@ def folder(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("packed"), hidden_size=128, dtype="bfloat16")
 
 
+@pytest.fixture(params=["tiles", "onednn"])
+def kind(request, monkeypatch):
+    """The layers that the policy makes: of a processor with tiles, where this is one, and of any other."""
+    if request.param == "onednn":
+        monkeypatch.setattr(tiled, "available", lambda: False)
+        return PackedLinear
+    if not tiled.available():
+        pytest.skip("no tiles, or no compiler")
+    return TiledLinear
+
+
 def load(folder, quantization=None, **options):
     return AutoLoader()(Source(str(folder), quantization=quantization, device="cpu", **options)).model
 
 
 def packed_layers(model):
-    return {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    return {name for name, module in model.named_modules() if isinstance(module, (PackedLinear, TiledLinear))}
 
 
 @needs_packing
 @pytest.mark.parametrize("rows", [1, 7, 20, 64])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_packed_layer_is_the_layer(rows, bias):
+def test_a_packed_layer_is_the_layer(rows, bias, kind):
     with torch.random.fork_rng():
         torch.manual_seed(rows)
         linear = torch.nn.Linear(192, 320, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
         x = torch.randn(2, rows, 192, dtype=torch.bfloat16)
-    packed = PackedLinear(linear.weight, linear.bias)
+    packed = kind(linear) if kind is TiledLinear else kind(linear.weight, linear.bias)
     exact = torch.nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
     assert torch.allclose(packed(x).double(), exact, rtol=2**-8, atol=2**-8)  # one rounding to bfloat16
     assert torch.equal(packed.weight, linear.weight)
@@ -53,7 +65,6 @@ def test_few_numbers_of_rows_are_asked_of_onednn(monkeypatch):
     asked, plain = set(), PackedLinear._product
     monkeypatch.setattr(PackedLinear, "_product", lambda self, x: asked.add(x.shape) or plain(self, x))
     packed = PackedLinear(torch.randn(64, 128).bfloat16())
-    packed.kernel = None  # with tiles it takes every number of rows itself
     whole = torch.randn(1, 200, 128).bfloat16()
     expected = packed(whole)
     for rows in range(33, 201):
@@ -63,7 +74,7 @@ def test_few_numbers_of_rows_are_asked_of_onednn(monkeypatch):
 
 @needs_packing
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_default_packs_every_linear_layer_and_changes_nothing_else(tmp_path, tied):
+def test_the_default_packs_every_linear_layer_and_changes_nothing_else(tmp_path, tied, kind):
     write_checkpoint(tmp_path, hidden_size=128, dtype="bfloat16", tie_word_embeddings=tied)
     plain, packed = load(tmp_path, "none"), load(tmp_path)
     linears = {name for name, module in plain.named_modules() if type(module) is torch.nn.Linear}
@@ -71,12 +82,12 @@ def test_the_default_packs_every_linear_layer_and_changes_nothing_else(tmp_path,
     assert torch.allclose(packed(IDS).logits, plain(IDS).logits, rtol=0.02, atol=0.05)
     before, after = plain.state_dict(), packed.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert "PackedLinear(in_features=128" in repr(packed) and packed.dtype == torch.bfloat16
+    assert f"{kind.__name__}(in_features=128" in repr(packed) and packed.dtype == torch.bfloat16
 
 
 @needs_packing
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_packed_model_saves_as_the_plain_one(tmp_path, tied):
+def test_a_packed_model_saves_as_the_plain_one(tmp_path, tied, kind):
     write_checkpoint(tmp_path / "a", hidden_size=128, dtype="bfloat16", tie_word_embeddings=tied)
     load(tmp_path / "a").save_pretrained(tmp_path / "b")
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
@@ -85,7 +96,7 @@ def test_a_packed_model_saves_as_the_plain_one(tmp_path, tied):
 
 
 @needs_packing
-def test_layers_can_be_kept(folder):
+def test_layers_can_be_kept(folder, kind):
     model = load(folder, Packed(keep=("lm_head", "mlp.down_proj")))
     assert type(model.lm_head) is type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear
     assert len(packed_layers(model)) == 2 * 6

@@ -1,9 +1,9 @@
-"""Linear layers laid out for the processor: the only file that names torch's private operators of oneDNN.
+"""Linear layers as the processor wants them: the only file that names torch's private operators of oneDNN.
 
-``torch.nn.functional.linear`` reads row-major weights, which on x86 costs half of the memory bandwidth in bfloat16 and
-a third of the arithmetic of a batch. oneDNN's own layout of the same numbers costs neither, at any number of rows. A
-kernel of ours (``native/linear.py``), where there is one, reads that layout and takes few rows, or all where the
-processor multiplies tiles; oneDNN does the rest.
+``torch.nn.functional.linear`` on row-major weights costs half of the memory bandwidth in bfloat16 on x86, and a third
+of the arithmetic of a batch. Where the processor multiplies tiles (AMX), a kernel of ours reads the same weights
+without that cost (``native/tiled.py``). Elsewhere they are packed in oneDNN's own layout; few rows are then computed by
+another kernel of ours (``native/linear.py``), where there is one, and many by oneDNN.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..errors import UnsupportedError
 from .fused import fuse
 from .linears import embedding_of, replace_linears
 from .mapped import MappedEmbedding, is_mapped
+from .native import tiled
 from .native.linear import Packing
 from .native.linear import kernel as native_kernel
 
@@ -37,8 +38,10 @@ meets, which takes 4-14 ms, several times the product itself."""
 
 
 class Packed:
-    """``"packed"``: every linear layer in oneDNN's layout; the same numbers, 16 bits each, no loss. The default on
-    x86 processors in bfloat16.
+    """``"packed"``: every linear layer as the processor computes it fastest; the same numbers, 16 bits each, no loss.
+    The default on x86 processors in bfloat16.
+
+    With AMX weights stay where they are, in the file that is mapped; elsewhere each is copied into oneDNN's layout.
 
     Args:
         keep: names of layers that stay as they are, such as ``("lm_head",)``; a name is the end of a module's name.
@@ -54,12 +57,19 @@ class Packed:
             raise UnsupportedError(f"quantization='packed' {reason}; quantization='none' leaves the layers as they are")
 
     def convert(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The model with its linear layers packed, one after the other, each original freed, and what lies between them
-        fused."""
-        return fuse(replace_linears(model, PackedLinear.of, self.keep))
+        """The model with its linear layers replaced, one after the other, each original freed, and what lies between
+        them fused."""
+        return fuse(replace_linears(model, replacement, self.keep))
 
     def __repr__(self) -> str:
         return f"Packed(keep={self.keep})" if self.keep else "Packed()"
+
+
+def replacement(linear: nn.Linear, model: PreTrainedModel) -> nn.Module | None:
+    """A layer of that model for this processor; None for what is not bfloat16 on the CPU."""
+    if linear.weight.dtype != torch.bfloat16 or linear.weight.device.type != "cpu":
+        return None
+    return TiledLinear(linear) if tiled.available() else PackedLinear.of(linear, model)
 
 
 def refusal(device: torch.device, dtype: torch.dtype | str) -> str | None:
@@ -71,6 +81,20 @@ def refusal(device: torch.device, dtype: torch.dtype | str) -> str | None:
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "needs a processor with AVX-512 and a torch that is built with oneDNN"
     return None
+
+
+class TiledLinear(nn.Linear):
+    """``nn.Linear`` in bfloat16 on the processor's tiles, on the very weights of another one; for inference only."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """bfloat16 [..., in] -> [..., out]."""
+        y = tiled.linear(x, self.weight, self.bias)
+        return super().forward(x) if y is None else y
 
 
 class PackedLinear(nn.Module):
@@ -91,11 +115,9 @@ class PackedLinear(nn.Module):
         self.kernel = None if lies is None else native_kernel(address, shape, lies, bias)
 
     @classmethod
-    def of(cls, linear: nn.Linear, model: PreTrainedModel) -> PackedLinear | None:
-        """The packed form of a layer of that model; None for what is not bfloat16 on the CPU."""
+    def of(cls, linear: nn.Linear, model: PreTrainedModel) -> PackedLinear:
+        """The packed form of a layer of that model."""
         weight = linear.weight
-        if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
-            return None
         tied = embedding_of(model, weight)
         if type(tied) is nn.Embedding and is_mapped(weight):
             tied = MappedEmbedding(weight)

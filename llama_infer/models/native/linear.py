@@ -1,9 +1,7 @@
-"""Linear layers in bfloat16, on weights as oneDNN packs them.
+"""Linear layers of few rows in bfloat16, on weights as oneDNN packs them.
 
 Few rows cost the reading of the weights. oneDNN reads them at a half to nine tenths of the memory's speed, and a call
-of it takes longer than a small layer. Many cost arithmetic: where the processor multiplies tiles (AMX), ours does at
-least as much of it a second, with nothing to compile for each number of rows. It reads the same memory: nothing is held
-twice.
+of it takes longer than a small layer. Ours reads the same memory: nothing is held twice.
 """
 
 from __future__ import annotations
@@ -17,6 +15,9 @@ import torch
 from torch import Tensor
 
 from ...native import library
+
+_ROWS = 32
+"""More rows are oneDNN's."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Kernel:
         self._layer = _Layer(weight, at, *shape, packing.outputs, packing.inputs)
         self._address = ctypes.addressof(self._layer)
         self._run = _kernels().linear
-        self._most = _kernels().most_rows(self._address) * self._in
+        self._most = _ROWS * self._in
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """bfloat16 [..., in] -> [..., out]; None where it would not pay, or is not for this kernel."""
@@ -80,6 +81,4 @@ def _kernels() -> Any:
     if kernels is not None:
         kernels.linear.argtypes = (*[ctypes.c_void_p] * 3, ctypes.c_int64)
         kernels.linear.restype = ctypes.c_bool
-        kernels.most_rows.argtypes = (ctypes.c_void_p,)
-        kernels.most_rows.restype = ctypes.c_int64
     return kernels

@@ -31,13 +31,16 @@ inline bool have_tiles() {
 // they read memory, and it might write later, or not at all.
 inline void written() { __asm__ volatile("" ::: "memory"); }
 
-// A thread's tiles, 16 lines of 64 bytes each, but for 0, 1 and 4, which have `upper` lines; in the end as they were, for
-// oneDNN keeps its own from call to call.
+// A thread's tiles, 16 lines of 64 bytes each, but for 0, 1 and 4, which have `upper` lines of `bytes`; in the end as they
+// were, for oneDNN keeps its own from call to call.
 class Tiles {
   public:
-    explicit Tiles(int64_t upper = 16) {
+    explicit Tiles(int64_t upper = 16, int64_t bytes = 64) {
         Shapes shapes;
-        shapes.rows[0] = shapes.rows[1] = shapes.rows[4] = uint8_t(upper);
+        for (int tile = 0; tile < 5; tile += tile ? 3 : 1) {  // 0, 1, 4
+            shapes.rows[tile] = uint8_t(upper);
+            shapes.bytes[tile] = uint16_t(bytes);
+        }
         shape(shapes);
     }
     // Of so many lines of so many bytes.
