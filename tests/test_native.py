@@ -19,12 +19,12 @@ from test_kernels import definition, make, spans
 from llama_infer import Pipeline
 from llama_infer.layout import Layout, Span
 from llama_infer.models.native import attention as native
-from llama_infer.models.native import integer
+from llama_infer.models.native import integer, tiled
 from llama_infer.native import library
 from llama_infer.testing import tiny_llama
 
 NATIVE = "models/native/attention"
-TILES = native._tiles()
+TILES = tiled.available()
 compiled = pytest.mark.skipif(library(NATIVE) is None, reason="no C++ compiler, or no cache folder of one's own")
 
 
@@ -39,7 +39,7 @@ def chosen_way(request, monkeypatch):
     """Without tiles where the test says so."""
     callspec = getattr(request.node, "callspec", None)
     if callspec is not None and not callspec.params.get("tiles", True):
-        monkeypatch.setattr(native, "_tiles", lambda: False)
+        monkeypatch.setattr(tiled, "available", lambda: False)
 
 
 def attend(layout, q, k, v, window=None, scaling=None):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...layout import Layout
 from ...native import function
+from . import tiled
 
 _TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _DIMS = (8, 16, 32, 64, 96, 128, 256)
@@ -32,9 +33,9 @@ def kernel(query: Tensor, key: Tensor, value: Tensor) -> Callable[..., None] | N
         return None
     if key.dtype not in _TYPES or key.shape[3] not in _DIMS:
         return None
-    tiled = key.dtype == torch.bfloat16 and key.shape[3] in _TILED and _tiles()
+    by_tiles = key.dtype == torch.bfloat16 and key.shape[3] in _TILED and tiled.available()
     name = f"{_TYPES[key.dtype]}_{key.shape[3]}"
-    run: Callable[..., None] | None = function(_DECODE if tiled else _ANY, name, _ONE)
+    run: Callable[..., None] | None = function(_DECODE if by_tiles else _ANY, name, _ONE)
     return run
 
 
@@ -95,10 +96,4 @@ def prefill(
 
 
 def _prefill() -> Any:
-    return function(_PREFILL, "prefill", _MANY, ctypes.c_bool) if _tiles() else None
-
-
-def _tiles() -> bool:
-    """Whether the processor multiplies tiles, and the system lets this process."""
-    available = function(_DECODE, "available", (), ctypes.c_bool)
-    return available is not None and bool(available())
+    return function(_PREFILL, "prefill", _MANY, ctypes.c_bool) if tiled.available() else None

@@ -5,12 +5,12 @@
 #include <algorithm>
 
 #include "numbers.h"
-#include "power.h"
 #include "tiles.h"
 #include "values.h"
+#include "vectors.h"
 
 #ifdef LLAMA_INFER_TILES
-extern "C" int omp_get_num_threads();
+#include <omp.h>
 
 namespace {
 
@@ -47,15 +47,8 @@ struct Work {
     Lanes most, total;  // sixteen numbers of HEADS heads over and over; the totals are in parts
 };
 
-// Tiles 0 and 1: scores, 16 keys times HEADS; 2: queries, 32 dimensions; 3 and 4: keys.
-template <int HEADS>
-Tiles shapes() {
-    constexpr uint16_t WIDTHS[8] = {HEADS * 4, HEADS * 4, HEADS * 4, 64, 64, 64, 64, 64};
-    constexpr uint8_t HEIGHTS[8] = {16, 16, 16, 16, 16, 16, 16, 16};
-    return Tiles(HEIGHTS, WIDTHS);
-}
-
-// The scores of `count` keys, and of some behind them. Values that will be needed are asked for.
+// The scores of `count` keys, and of some behind them: tiles 0 and 1, 16 keys times HEADS, of 2, which is queries, and 3 and
+// 4, keys; 32 dimensions at a time. Values that will be needed are asked for.
 template <int DIM, int HEADS>
 void compare(const Half* keys, int64_t count, const Half* soon, Work<DIM, HEADS>& work) {
     const int64_t whole = count / SIDE * SIDE;
@@ -89,9 +82,8 @@ inline Lanes more(Lanes a, Lanes b) { return a < b ? b : a; }
 // The largest of the numbers of each head.
 template <int HEADS>
 Lanes largest(Lanes x) {
-    const auto turned = [](Lanes y, auto by) { return (Lanes)_mm512_shuffle_f32x4((__m512)y, (__m512)y, decltype(by)::value); };
-    if (HEADS < 16) x = more(x, turned(x, std::integral_constant<int, 0x4e>{}));
-    if (HEADS < 8) x = more(x, turned(x, std::integral_constant<int, 0xb1>{}));
+    if (HEADS < 16) x = more(x, (Lanes)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0x4e));
+    if (HEADS < 8) x = more(x, (Lanes)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0xb1));
     return x;
 }
 
@@ -159,7 +151,8 @@ void all(const Call& call) {
 #pragma omp parallel
     {
         Work<DIM, HEADS> work;
-        const Tiles own = shapes<HEADS>();
+        constexpr uint16_t WIDE = HEADS * 4;
+        const Tiles own({WIDE, WIDE, WIDE, 64, 64, 64, 64, 64});
         const int64_t count = call.rows * call.heads, threads = omp_get_num_threads();
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count; i++) {
@@ -177,8 +170,6 @@ void all(const Call& call) {
 
 }  // namespace
 #endif
-
-extern "C" bool available() { return have_tiles(); }
 
 // As attention.cpp's.
 #define DECODE(DIM)                                                                                                   \

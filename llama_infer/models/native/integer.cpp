@@ -4,10 +4,9 @@
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
 #include "integer.h"
+#include "scratch.h"
 #include "tiles.h"
 
-#include <cstdlib>
-#include <memory>
 #include <optional>
 
 namespace {
@@ -15,21 +14,6 @@ namespace {
 constexpr int64_t HALF = 1 << 20;   // bytes: of a usual L2 cache
 constexpr int64_t LARGE = 1 << 18;  // outputs that do not stay in the caches
 constexpr int64_t MANY = 512, WAITING = 1 << 15;  // rows at a time; outputs whose totals may wait: 64 MB of 512 rows
-
-// Memory that a thread keeps for the next call; null where there is none to be had.
-struct Scratch {
-    std::unique_ptr<void, void (*)(void*)> held{nullptr, std::free};
-    size_t size = 0;
-
-    void* at_least(size_t bytes) {
-        if (bytes > size) {
-            size = (bytes + 4095) / 4096 * 4096;
-            held.reset(std::aligned_alloc(4096, size));
-            if (!held) size = 0;
-        }
-        return held.get();
-    }
-};
 
 // One block for a few rows.
 template <typename F, int ROWS>
@@ -183,7 +167,7 @@ struct Own {
         static thread_local Scratch memory;
         if (rows <= FEW || !have_tiles()) return;
         const bool expands = F::QUAD < 16 * SPAN;
-        if (expands) panel = (int8_t*)memory.at_least(spans * BLOCK * SPAN);
+        if (expands) panel = memory.at_least<int8_t>(spans * BLOCK * SPAN);
         tiled = panel || !expands;  // else the other way, to the same numbers
         if (tiled) shaped.emplace();
     }
@@ -237,8 +221,8 @@ bool linear(const T* x, const uint8_t* weight, const T* bias, T* y, int64_t rows
     static thread_local Scratch memory, patience;
     for (int64_t begin = 0; begin < rows; begin += most.rows) {
         const int64_t count = std::min(most.rows, rows - begin), held = most.spans < spans ? blocks * count : 0;
-        void* place = memory.at_least(Tokens::bytes(count, most.spans));
-        auto* waiting = (float(*)[BLOCK])patience.at_least(held * sizeof(float[BLOCK]));
+        void* place = memory.at_least<char>(Tokens::bytes(count, most.spans));
+        auto* waiting = patience.at_least<float[BLOCK]>(held);
         if (!place || (held && !waiting)) return false;
         for (int64_t start = 0; start < spans; start += most.spans) {
             Tokens tokens(count, std::min(most.spans, spans - start), place);

@@ -103,7 +103,8 @@ void vectors(const Layer& layer, const Half* w, const Half* x, Half* y, int64_t 
 extern "C" bool linear(const Layer* given, const Half* x, Half* y, int64_t rows) {
     const Layer layer = *given;
     const int64_t blocks = (layer.out + layer.block - 1) / layer.block, sixteen = layer.sixteen();
-    Half* laid = scratch<Half>((rows + TALL - 1) / TALL * sixteen);
+    static thread_local Scratch memory;
+    Half* laid = memory.at_least<Half>((rows + TALL - 1) / TALL * sixteen);
     if (!laid) return false;
 #pragma omp parallel
     {

@@ -37,10 +37,12 @@ inline Half narrow(float x) {  // to the nearest, ties to even
     return x != x ? 0x7fc0 : Half(rounded);
 }
 
-inline Halves narrow(Lanes x) {
-    const Words bits = (Words)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return __builtin_convertvector(x != x ? Words{} + 0x7fc0 : rounded, Halves);
+inline Words upper(Lanes x) {  // the same in the upper half of each; what is in the lower one does not count
+    const Words bits = (Words)x;
+    return x != x ? Words{} + 0x7fc00000u : bits + 0x7fff + ((bits >> 16) & 1);
 }
+
+inline Halves narrow(Lanes x) { return __builtin_convertvector(upper(x) >> 16, Halves); }
 
 inline float rounded(float x) { return widen(narrow(x)); }
 

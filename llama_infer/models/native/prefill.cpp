@@ -7,8 +7,8 @@
 #include <cstdlib>
 
 #include "numbers.h"
-#include "power.h"
 #include "tiles.h"
+#include "vectors.h"
 
 #ifdef LLAMA_INFER_TILES
 namespace {
@@ -28,29 +28,12 @@ struct Block {
     int64_t row, head, token, at, count;
 };
 
-// Sixteen times sixteen numbers, line i to column i. Strides in numbers.
+// Sixteen times sixteen numbers, line i to column i, from memory to memory. Strides in numbers.
 inline void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * from_stride);
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
-            a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
-        }
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 2; j++) {
-            b[i + 8 * j] = _mm512_shuffle_i32x4(a[i + 8 * j], a[i + 8 * j + 4], 0x88);
-            b[i + 8 * j + 4] = _mm512_shuffle_i32x4(a[i + 8 * j], a[i + 8 * j + 4], 0xdd);
-        }
-    for (int i = 0; i < 8; i++) {
-        const __m512i low = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88), high = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
-        _mm512_storeu_si512(to + i * to_stride, low);
-        _mm512_storeu_si512(to + (i + 8) * to_stride, high);
-    }
+    __m512i lines[16];
+    for (int i = 0; i < 16; i++) lines[i] = _mm512_loadu_si512(from + i * from_stride);
+    transpose(lines);
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + i * to_stride, lines[i]);
 }
 
 // What a thread works with.

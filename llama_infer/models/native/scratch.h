@@ -4,23 +4,26 @@
 
 #include <cstddef>
 #include <cstdlib>
+#include <memory>
 
 namespace {
 
-// One piece of each type; null: there is none.
-template <typename T>
-T* scratch(size_t count) {
-    static thread_local struct Buffer {
-        T* at = nullptr;
-        size_t count = 0;
-        ~Buffer() { std::free(at); }
-    } buffer;
-    if (buffer.count < count) {
-        std::free(buffer.at);
-        buffer.at = (T*)std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64);
-        buffer.count = buffer.at ? count : 0;
+// To be declared `static thread_local`.
+struct Scratch {
+    std::unique_ptr<void, void (*)(void*)> held{nullptr, std::free};
+    size_t size = 0;
+
+    // Null where there is none to be had.
+    template <typename T>
+    T* at_least(size_t count) {
+        const size_t bytes = count * sizeof(T);
+        if (bytes > size) {
+            size = (bytes + 4095) / 4096 * 4096;
+            held.reset(std::aligned_alloc(4096, size));
+            if (!held) size = 0;
+        }
+        return (T*)held.get();
     }
-    return buffer.at;
-}
+};
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "numbers.h"
 #include "scratch.h"
 #include "tiles.h"
+#include "vectors.h"
 
 #ifdef LLAMA_INFER_TILES
 #include <omp.h>
@@ -26,35 +27,6 @@ struct Layer {
     const Half *weight, *bias;  // bias: or null
     int64_t out, in;
 };
-
-// Words change places: of lines i and i + STEP one half each, for every i without STEP.
-template <int STEP>
-inline void exchange(__m512i* lines) {
-    static constexpr struct Places {
-        alignas(64) int32_t low[16] = {}, high[16] = {};
-        constexpr Places() {
-            for (int i = 0; i < 16; i++) {
-                low[i] = i & STEP ? 16 + i - STEP : i;
-                high[i] = i & STEP ? 16 + i : i + STEP;
-            }
-        }
-    } from;
-    const __m512i low = _mm512_load_si512(from.low), high = _mm512_load_si512(from.high);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++)
-        if (!(i & STEP)) {
-            const __m512i a = lines[i], b = lines[i + STEP];
-            lines[i] = _mm512_permutex2var_epi32(a, low, b);
-            lines[i + STEP] = _mm512_permutex2var_epi32(a, high, b);
-        }
-}
-
-inline void transpose(__m512i* lines) {
-    exchange<8>(lines);
-    exchange<4>(lines);
-    exchange<2>(lines);
-    exchange<1>(lines);
-}
 
 // Where the s-th 32 inputs begin. The last ones overlap those before where 32 does not divide their number.
 inline int64_t begin(const Layer& layer, int64_t s) { return std::min(s * WIDE, layer.in - WIDE); }
@@ -166,13 +138,6 @@ void products(Weights w, const Half* x, const Half* below, int64_t columns, int6
     }
 }
 
-// Sixteen sums, with the upper 16 bits rounded as bfloat16.
-inline Words upper(const float* sums, const Half* bias) {
-    const Lanes x = bias ? load(sums) + widen(*bias) : load(sums);
-    const Words bits = (Words)x;
-    return x != x ? Words{} + 0x7fc00000u : bits + 0x7fff + ((bits >> 16) & 1);
-}
-
 // What comes of the sums of 32 outputs of up to 32 rows. PAST: past the caches, which need not read first what is
 // written whole.
 template <bool PAST>
@@ -181,7 +146,8 @@ void finish(const Layer& layer, int64_t first, const float* sums, int64_t rows, 
         __m512i lines[16];
         for (int64_t p = 0; p < 16; p++) {
             const Half* bias = layer.bias ? layer.bias + first + 2 * p : nullptr;
-            const Words one = upper(sums + 32 * p, bias), other = upper(sums + 32 * p + 16, bias ? bias + 1 : nullptr);
+            const Lanes a = load(sums + 32 * p), b = load(sums + 32 * p + 16);
+            const Words one = upper(bias ? a + widen(bias[0]) : a), other = upper(bias ? b + widen(bias[1]) : b);
             lines[p] = (__m512i)(one >> 16 | (other & 0xffff0000u));
         }
         transpose(lines);
@@ -277,12 +243,14 @@ bool tiled(const Layer& layer, const Half* x, Half* y, int64_t rows, int64_t fir
     const int64_t columns = std::min(rows, TALL), all = (layer.in + WIDE - 1) / WIDE;
     const int64_t blocks = (end - first + BLOCK - 1) / BLOCK;
     const bool waits = chunk < all;
-    Half* tiles = scratch<Half>(padded * chunk * WIDE);
-    float* waiting = waits ? scratch<float>(blocks * size) : nullptr;
+    static thread_local Scratch memory, patience;
+    Half* tiles = memory.at_least<Half>(padded * chunk * WIDE);
+    float* waiting = waits ? patience.at_least<float>(blocks * size) : nullptr;
     if (!tiles || (waits && !waiting)) return false;
 #pragma omp parallel
     {
-        Tiles own(TALL, columns * 4);
+        const uint16_t wide = uint16_t(columns * 4);  // of sums and x
+        const Tiles own({wide, wide, wide, wide, wide, wide, 64, 64});
         alignas(64) float passing[MOST_ROWS * BLOCK];
         const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
         const int64_t mine = blocks * thread / threads, others = blocks * (thread + 1) / threads;

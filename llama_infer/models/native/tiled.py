@@ -21,7 +21,7 @@ _LEAST = 32
 
 
 def available() -> bool:
-    """Whether there is such a kernel on this machine."""
+    """Whether the processor multiplies tiles, the system lets this process, and there is a compiler."""
     return _kernel() is not None
 
 

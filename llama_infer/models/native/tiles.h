@@ -31,24 +31,17 @@ inline bool have_tiles() {
 // they read memory, and it might write later, or not at all.
 inline void written() { __asm__ volatile("" ::: "memory"); }
 
-// A thread's tiles, 16 lines of 64 bytes each, but for 0, 1 and 4, which have `upper` lines of `bytes`; in the end as they
-// were, for oneDNN keeps its own from call to call.
+// A thread's tiles, 16 lines of so many bytes each; in the end as they were, for oneDNN keeps its own from call to call.
 class Tiles {
   public:
-    explicit Tiles(int64_t upper = 16, int64_t bytes = 64) {
+    Tiles() : Tiles({64, 64, 64, 64, 64, 64, 64, 64}) {}
+    explicit Tiles(const uint16_t (&bytes)[8]) {
         Shapes shapes;
-        for (int tile = 0; tile < 5; tile += tile ? 3 : 1) {  // 0, 1, 4
-            shapes.rows[tile] = uint8_t(upper);
-            shapes.bytes[tile] = uint16_t(bytes);
-        }
-        shape(shapes);
-    }
-    // Of so many lines of so many bytes.
-    Tiles(const uint8_t (&rows)[8], const uint16_t (&bytes)[8]) {
-        Shapes shapes;
-        std::copy_n(rows, 8, shapes.rows);
         std::copy_n(bytes, 8, shapes.bytes);
-        shape(shapes);
+        written();
+        _tile_storeconfig(before_);
+        _tile_loadconfig(&shapes);
+        written();
     }
     ~Tiles() { _tile_loadconfig(before_); }
     Tiles(const Tiles&) = delete;
@@ -57,16 +50,9 @@ class Tiles {
   private:
     struct alignas(64) Shapes {
         uint8_t palette = 1, start = 0, reserved[14] = {};
-        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint16_t bytes[16] = {};
         uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     };
-
-    void shape(const Shapes& shapes) {
-        written();
-        _tile_storeconfig(before_);
-        _tile_loadconfig(&shapes);
-        written();
-    }
 
     alignas(64) char before_[64];
 };
