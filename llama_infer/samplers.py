@@ -67,13 +67,12 @@ class Categorical:
         """The same on candidates: int64 [R], where in the window the choice is."""
         import numpy as np
 
-        from . import noise
         from .candidates import column
 
         scores = candidates.values
         if batch.all_equal("temperature", 0.0):
             return candidates.index_of_best(scores)
-        noisy = scores + noise.gumbel_of(noise.bits(_keys(batch)[:, None], candidates.ids.view(np.uint64)))
+        noisy = _noisy(scores, candidates.ids, _keys(batch))
         if 0.0 in batch.values.get("temperature", {0.0}):
             noisy = np.where(column(batch, "temperature") == 0, scores, noisy)
         return candidates.index_of_best(noisy)
@@ -94,11 +93,17 @@ def _draw_from_all(logits: Tensor, batch: Batch) -> Tensor:
     if ids is None:
         return torch.tensor([_draw(row, keys[at : at + 1]) for at, row in enumerate(logits)])
     rows = np.arange(len(ids))
-    noisy = logits.numpy()[rows[:, None], ids] + noise.gumbel_of(noise.bits(keys[:, None], ids.view(np.uint64)))
-    chosen = ids[rows, noisy.argmax(-1)]
+    chosen = ids[rows, _noisy(logits.numpy()[rows[:, None], ids], ids, keys).argmax(-1)]
     for row in np.flatnonzero(chosen < 0):
         chosen[row] = _draw(logits[row], keys[row : row + 1])
     return torch.from_numpy(chosen)
+
+
+def _noisy(scores: Array, ids: Array, keys: Words) -> Array:
+    """Scores of the tokens ``ids``, both [R, K], plus the noise of the rows' streams [R]."""
+    from . import noise
+
+    return scores + noise.gumbel_of(noise.bits(keys[:, None], ids.view("uint64")))
 
 
 def _draw(logits: Tensor, key: Words) -> int:

@@ -55,16 +55,20 @@ class Checkpoint:
     def quantization(self) -> str | None:
         """The method that the checkpoint was quantised with before it was saved."""
         found = self.config.get("quantization_config")
-        if not isinstance(found, Mapping):
-            return None
-        if found.get("load_in_4bit") or found.get("load_in_8bit"):  # older ones name no method
-            return "bitsandbytes"
-        return str(found.get("quant_method", "unknown"))
+        return method_of(found) or "unknown" if isinstance(found, Mapping) else None
 
     @property
     def unpacked(self) -> bool:
         """Whether quantised weights become ordinary ones as they are read."""
         return self.quantization in (COMPRESSED, *gptq.METHODS)
+
+
+def method_of(described: Mapping[str, Any]) -> str | None:
+    """What a 'quantization_config' says that weights are quantised by; None where it does not."""
+    if described.get("load_in_4bit") or described.get("load_in_8bit"):  # older ones name no method
+        return "bitsandbytes"
+    method = described.get("quant_method")
+    return None if method is None else str(method)
 
 
 def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> Checkpoint:

@@ -131,13 +131,15 @@ def check_method(folder: Path, described: Mapping[str, Any]) -> None:
     they lie for whole ones."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
-    method = described.get("quant_method")
-    if method is None and not (described.get("load_in_4bit") or described.get("load_in_8bit")):
+    from .checks import method_of
+
+    method = method_of(described)
+    if method is None:
         raise LoadingError(f"{folder}: 'quantization_config' in its config.json names no 'quant_method'; {_WHOLE}")
     if not AutoHfQuantizer.supports_quant_method(described):
         known = AUTO_QUANTIZATION_CONFIG_MAPPING
         raise LoadingError(
-            f"{folder} is quantised by {method!r}, which transformers does not know{suggest(str(method), known)} "
+            f"{folder} is quantised by {method!r}, which transformers does not know{suggest(method, known)} "
             f"Known: {', '.join(sorted(known))}; {_WHOLE}"
         )
 

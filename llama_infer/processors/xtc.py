@@ -86,7 +86,7 @@ class XTC:
         from .moments import total
 
         values, ids = likeliest(logits, self._most(batch, logits.shape[1]))
-        excluded = self._excluded(values, ids, total(logits)[1], batch)
+        excluded = self._excluded(values, ids, total(logits)[1], self._falls(batch), batch)
         return logits.clone().scatter_(1, ids, values.masked_fill(excluded, -math.inf))
 
     def narrow(self, candidates: Candidates, batch: Batch) -> Candidates:
@@ -96,13 +96,13 @@ class XTC:
 
         from .moments import total
 
-        window = candidates.tensor()
-        excluded = self._excluded(window, torch.from_numpy(candidates.ids), total(window)[1], batch).numpy()
+        window, ids, falls = candidates.tensor(), torch.from_numpy(candidates.ids), self._falls(batch)
+        excluded = self._excluded(window, ids, total(window)[1], falls, batch).numpy()
         places = np.arange(excluded.shape[1]) + excluded.sum(-1, keepdims=True)
         places %= excluded.shape[1]
         values = np.take_along_axis(np.where(excluded, -np.inf, candidates.values), places, 1)
         moved = candidates._replace(values=values, ids=np.take_along_axis(candidates.ids, places, 1))
-        return moved.need(~self._falls(batch).numpy())
+        return moved.need(~falls.numpy())
 
     def _most(self, batch: Batch, vocab_size: int) -> int:
         """How many tokens may reach the threshold."""
@@ -114,13 +114,14 @@ class XTC:
         """The coin, bool [R, 1]: whether something may happen."""
         return (batch.uniform("xtc") < batch["xtc_probability"])[:, None]
 
-    def _excluded(self, values: Tensor, ids: Tensor, log_total: Tensor, batch: Batch) -> Tensor:
-        """Which of the likeliest tokens [R, K] go, bool [R, K]; ``log_total`` [R, 1] tells their probabilities."""
+    def _excluded(self, values: Tensor, ids: Tensor, log_total: Tensor, falls: Tensor, batch: Batch) -> Tensor:
+        """Which of the likeliest tokens [R, K] go where the coin falls, bool [R, K]; ``log_total`` [R, 1] tells their
+        probabilities."""
         from .moments import wide
 
         reach = (values >= log_total + wide(batch["xtc_threshold"]).log()[:, None]) & (values > -math.inf)
         least = values.masked_fill(~reach, math.inf).amin(-1, keepdim=True)
-        excluded = (values > least) & self._falls(batch)
+        excluded = (values > least) & falls
         protected = batch["xtc_protected"]
         if protected.shape[1]:
             of_them = (ids[:, :, None] == protected[:, None]).any(-1)
