@@ -53,6 +53,22 @@ def test_rotations_are_transformers(tokens, dim):
 
 
 @compiled
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 3), st.integers(1, 20000), st.sampled_from([1e-3, 1.0, 30.0]))
+def test_gates_are_the_definition(rows, size, scale):
+    gate, x = draw(rows, size, scale=scale), draw(rows, size, seed=1)
+    wide = gate.double()
+    near(elementwise.gated(gate, x), wide / (1 + (-wide).exp()) * x.double())
+
+
+@compiled
+def test_gates_at_the_ends_are_torchs():
+    gate = torch.tensor([torch.nan, torch.inf, -torch.inf, 3e38, -3e38, 100.0, -100.0, 0.0]).bfloat16()
+    found = elementwise.gated(gate, torch.ones_like(gate))
+    torch.testing.assert_close(found, torch.nn.functional.silu(gate), rtol=0, atol=1e-30, equal_nan=True)
+
+
+@compiled
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_stays_so_and_in_its_row(bad):
     x, weight = draw(3, 40), draw(40, seed=1)
@@ -67,6 +83,7 @@ def test_what_the_kernels_do_not_take_is_left():
     x, weight = draw(2, 8), draw(8)
     for other in (x.float(), x.T.contiguous().T, x[:0], x.to("meta"), draw(2, 6)):
         assert elementwise.rms_norm(other, weight, 1e-6) is None
+        assert elementwise.gated(other, x) is None
     q, k, cos = draw(1, 3, 2, 8).transpose(1, 2), draw(1, 3, 1, 8).transpose(1, 2), draw(1, 3, 8)
     assert elementwise.rotate(q, k, cos, cos) is not None
     for args in ((q.contiguous(), k, cos, cos), (q, k, cos[..., :4], cos[..., :4]), (q, k[:, :, :2], cos, cos)):
@@ -82,7 +99,7 @@ def changed(model):
 def test_a_fused_model_says_the_same():
     plain = tiny_llama(hidden_size=128, dtype="bfloat16")
     fused = fuse(copy.deepcopy(plain))
-    assert changed(fused) == {"norm", "input_layernorm", "post_attention_layernorm", "self_attn"}
+    assert changed(fused) == {"norm", "input_layernorm", "post_attention_layernorm", "self_attn", "mlp"}
     assert not changed(plain)
     with torch.no_grad():
         assert torch.allclose(fused(IDS).logits, plain(IDS).logits, rtol=0.02, atol=0.02)
@@ -95,7 +112,7 @@ def test_a_fused_model_says_the_same():
 @compiled
 @pytest.mark.parametrize("kind", ["Gemma", "Qwen3", "Cohere", "Phi3"])
 def test_models_that_compute_otherwise_keep_their_own(kind):
-    """Norms with 1 + weight or a mean, positions turned in pairs: all are recognised by what they say."""
+    """Norms with 1 + weight or a mean, positions turned in pairs, other gates: all are recognised by what they say."""
     import transformers
 
     config = getattr(transformers, f"{kind}Config")(
@@ -114,8 +131,8 @@ def test_models_that_compute_otherwise_keep_their_own(kind):
     fused = fuse(copy.deepcopy(plain))
     expected = {
         "Gemma": {"self_attn"},
-        "Qwen3": {"norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "self_attn"},
-        "Cohere": set(),
+        "Qwen3": {"norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "self_attn", "mlp"},
+        "Cohere": {"mlp"},
         "Phi3": {"norm", "input_layernorm", "post_attention_layernorm", "self_attn"},
     }
     assert changed(fused) == expected[kind]

@@ -1,4 +1,4 @@
-"""What lies between a model's products, in one pass each: norms and rotary positions.
+"""What lies between a model's products, in one pass each: norms, rotary positions and the gates of its layers.
 
 transformers computes each in several passes of torch's operators, which costs a small model a quarter of its step. The
 modules stay where they are, with their weights; the ``forward`` of an instance is exchanged, and only where a sample
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -34,7 +34,7 @@ def fuse(model: Model) -> Model:
             continue
         kind = type(module), tuple(name for name, _ in module.named_parameters())
         if kind not in known:
-            known[kind] = _norm(module) or _rotating(module)
+            known[kind] = _norm(module) or _rotating(module) or _gated(module)
         forward = known[kind]
         if forward is not None:
             module.forward = MethodType(forward, module)
@@ -87,6 +87,27 @@ def _rotates(plain: Callable[..., Any]) -> bool:
         theirs = plain(q, k, cos, sin)
         return ours is not None and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     return False
+
+
+def _gated(module: nn.Module) -> Callable[..., Any] | None:
+    """For layers in which SiLU of one product is a gate for another: down(silu(gate(x)) * up(x))."""
+    if {name for name, _ in module.named_children()} != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        return None
+    plain: Any = type(module).forward
+
+    def forward(self: Any, x: Tensor) -> Any:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        product = elementwise.gated(gate, up)
+        return self.down_proj(self.act_fn(gate) * up if product is None else product)
+
+    gate, up = _sample(3, 64), _sample(3, 64).flip(1)
+    sample = SimpleNamespace(
+        gate_proj=lambda x: gate, up_proj=lambda x: up, down_proj=lambda x: x, act_fn=module.act_fn
+    )
+    with contextlib.suppress(Exception):
+        found = elementwise.gated(gate, up)
+        return forward if found is not None and torch.allclose(found, plain(sample, gate), rtol=2**-6, atol=0) else None
+    return None
 
 
 def _same(module: nn.Module, forward: Callable[..., Any], x: Tensor) -> bool:

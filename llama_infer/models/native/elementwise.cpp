@@ -3,9 +3,12 @@
 
 #include "numbers.h"
 
+#include <algorithm>
+
 namespace {
 
 constexpr int64_t WORTH = 1 << 14;  // numbers from which on a second thread pays
+constexpr uint32_t UPPER = 0xffff0000;
 
 // One token's heads, each half turned into the other.
 inline void turn(const Half* x, const Half* cos, const Half* sin, Half* y, int64_t heads, int64_t dim) {
@@ -18,6 +21,35 @@ inline void turn(const Half* x, const Half* cos, const Half* sin, Half* y, int64
         for (int64_t d = half; d < dim; d++)
             y[d] = narrow(rounded(widen(x[d]) * widen(cos[d])) + rounded(widen(x[d - half]) * widen(sin[d])));
     }
+}
+
+// x / (1 + e^-x), the power within 4e-6 of it: its whole part is an exponent, the rest a polynomial's.
+inline Lanes silu(Lanes x) {
+    Lanes t = x * -1.44269504f;
+    t = t < 128.f ? t : Lanes{} + 128.f;  // infinity
+    t = t > -126.f ? t : Lanes{} - 126.f;
+    const Places exponent = __builtin_convertvector(t + 127.5f, Places);
+    const Lanes rest = t - __builtin_convertvector(exponent - 127, Lanes);
+    Lanes sum = rest * 9.676037e-3f + 5.5922036e-2f;
+    sum = sum * rest + 2.4022107e-1f;
+    sum = sum * rest + 6.9312103e-1f;
+    sum = sum * rest + 1.f;
+    return x / (sum * (Lanes)(exponent << 23) + 1.f);
+}
+
+// SiLU of a gate times x, in the upper half of each, both rounded; what is in the lower half does not count.
+inline Words gated(Words gate, Words x) {
+    const Lanes opened = (Lanes)(upper(silu((Lanes)(gate & UPPER))) & UPPER);
+    return upper(opened * (Lanes)(x & UPPER));
+}
+
+// The same for 32 numbers, of which two share a word.
+inline void gated(const Half* gate, const Half* x, Half* y) {
+    Words a, b;
+    std::memcpy(&a, gate, sizeof a);
+    std::memcpy(&b, x, sizeof b);
+    const Words both = gated(a << 16, b << 16) >> 16 | (gated(a, b) & UPPER);
+    std::memcpy(y, &both, sizeof both);
 }
 
 }  // namespace
@@ -44,4 +76,17 @@ extern "C" void rotate(const Half* q, const Half* k, const Half* cos, const Half
         turn(q + at * q_heads, cos + at, sin + at, q_out + at * q_heads, q_heads, dim);
         turn(k + at * k_heads, cos + at, sin + at, k_out + at * k_heads, k_heads, dim);
     }
+}
+
+// y = gate / (1 + e^-gate) * x, SiLU and the product of a gated layer.
+extern "C" void gated(const Half* gate, const Half* x, Half* y, int64_t size) {
+    const int64_t whole = size / 32 * 32;
+#pragma omp parallel for schedule(static) if (size >= WORTH)
+    for (int64_t i = 0; i < whole; i += 32) gated(gate + i, x + i, y + i);
+    if (whole == size) return;
+    Half rest[3][32] = {};
+    std::copy(gate + whole, gate + size, rest[0]);
+    std::copy(x + whole, x + size, rest[1]);
+    gated(rest[0], rest[1], rest[2]);
+    std::copy_n(rest[2], size - whole, y + whole);
 }

@@ -40,6 +40,15 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return out[0].transpose(1, 2), out[1].transpose(1, 2)
 
 
+def gated(gate: Tensor, x: Tensor) -> Tensor | None:
+    """SiLU of ``gate`` times ``x``, both of the same shape (SwiGLU, Shazeer 2020)."""
+    if not _taken(gate, x) or gate.shape != x.shape:
+        return None
+    y = torch.empty_like(x)
+    _kernels().gated(gate.data_ptr(), x.data_ptr(), y.data_ptr(), x.numel())
+    return y
+
+
 def available() -> bool:
     """Whether there are kernels at all."""
     return _kernels() is not None
@@ -58,4 +67,5 @@ def _kernels() -> Any:
     if kernels is not None:
         kernels.rms_norm.argtypes = (*[_ADDRESS] * 3, *[_COUNT] * 2, ctypes.c_float)
         kernels.rotate.argtypes = (*[_ADDRESS] * 6, *[_COUNT] * 4)
+        kernels.gated.argtypes = (*[_ADDRESS] * 3, _COUNT)
     return kernels
