@@ -37,7 +37,7 @@ def test_every_shape_is_the_definition(rows, out, inputs, bias, offset):
     close(tiled.linear(x, weight, added), exact)
 
 
-@pytest.mark.parametrize("rows", [1, 40, 256, 257])
+@pytest.mark.parametrize("rows", [1, 40, 256, 257, 512, 513])
 @pytest.mark.parametrize("more", [0, 8])
 def test_sums_that_wait_between_chunks_of_inputs_lose_nothing(rows, more):
     """More inputs than are laid out at once, of as many rows as there can be: ones, which bfloat16 sums exactly."""

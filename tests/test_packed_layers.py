@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from checkpoints import write_checkpoint
@@ -79,7 +81,9 @@ def test_the_default_packs_every_linear_layer_and_changes_nothing_else(tmp_path,
     plain, packed = load(tmp_path, "none"), load(tmp_path)
     linears = {name for name, module in plain.named_modules() if type(module) is torch.nn.Linear}
     assert packed_layers(packed) == linears and "lm_head" in linears and not packed_layers(plain)
-    assert torch.allclose(packed(IDS).logits, plain(IDS).logits, rtol=0.02, atol=0.05)
+    ours, theirs = packed(IDS).logits, plain(IDS).logits
+    exact = copy.deepcopy(plain).float()(IDS).logits
+    assert (ours - exact).norm() < 1.2 * (theirs - exact).norm()  # it rounds elsewhere, but no more
     before, after = plain.state_dict(), packed.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert f"{kind.__name__}(in_features=128" in repr(packed) and packed.dtype == torch.bfloat16

@@ -17,8 +17,7 @@ namespace {
 
 constexpr int64_t TALL = 16, WIDE = 32;  // a tile's outputs, or rows; its inputs
 constexpr int64_t BLOCK = 2 * TALL;  // outputs that are computed together
-constexpr int64_t MOST_ROWS = 256, INNER = 1024;  // of a pass over the weights; inputs before sums are put aside
-constexpr int64_t UNSTAGED = 32;  // rows at most, whose weights are read where they lie
+constexpr int64_t MOST_ROWS = 512, INNER = 1024;  // of a pass over the weights; inputs before sums are put aside
 constexpr int64_t CHUNK = 1 << 19;  // inputs, of all rows of a pass, that stay in the second cache
 constexpr int64_t MOST_OUTPUTS = 1 << 13;  // whose sums wait between chunks
 constexpr int64_t LARGE = 1 << 18;  // outputs that do not stay in the second cache
@@ -50,13 +49,14 @@ void gather(const Layer& layer, const Half* x, int64_t rows, int64_t columns, in
     }
 }
 
-// What is asked for ahead, in each step some lines, in four parts: the processor's own foresight ends at every page.
+// What is asked for ahead: in each step so many lines, in four parts: the processor's own foresight ends at every page.
 struct Ahead {
     const Half* at;
     int64_t line, step;  // from a line to the next, from a step to the next
+    int lines;
 
     void part(int64_t s, int quarter) const {
-        for (int n = quarter * BLOCK / 4; n < (quarter + 1) * BLOCK / 4; n++)
+        for (int n = lines * quarter / 4; n < lines * (quarter + 1) / 4; n++)
             __builtin_prefetch(at + s * step + n * line, 0, 2);
     }
 };
@@ -67,23 +67,6 @@ struct Chunk {
     int64_t first, s, count, last;  // its first output; its first 32 inputs, how many, where the last of them begin
 };
 
-// In each step 32 inputs of some of the next chunk's outputs are laid side by side; of the chunk after it they are asked
-// for, to be in the second cache when it is their turn.
-struct Staging {
-    const Half *next, *later;
-    int64_t row, last;  // from an output to the next, where the next chunk's last 32 inputs begin
-    Half* staged;
-    int lines;
-
-    void part(int64_t s, int quarter) const {
-        const Half* at = next + std::min(s * WIDE, last);
-        for (int n = lines * quarter / 4; n < lines * (quarter + 1) / 4; n++) {
-            _mm512_store_si512(staged + (s * BLOCK + n) * WIDE, _mm512_loadu_si512(at + n * row));
-            __builtin_prefetch(later + s * WIDE + n * row, 0, 2);
-        }
-    }
-};
-
 // A block's weights, from a first input on.
 struct Weights {
     const Half* at;
@@ -92,11 +75,12 @@ struct Weights {
 };
 
 // 32 outputs of up to 32 rows, LOWER: of more than 16: adds `steps` times 32 products to the sums, four tiles (0 to 3;
-// 4 and 5 are x, 6 and 7 weights). Meanwhile weights that are needed soon are fetched, a few lines at a time: a tile's own
-// lines wait when all of the first cache's requests are under way.
-template <bool LOWER, typename Meanwhile>
+// 4 and 5 are x, 6 and 7 weights). KEEP: lays the tiles of weights side by side in `kept`. Meanwhile weights that are
+// needed soon are fetched, a few lines at a time: a tile's own lines wait when all of the first cache's requests are
+// under way.
+template <bool LOWER, bool KEEP>
 void products(Weights w, const Half* x, const Half* below, int64_t columns, int64_t steps, bool fresh, float* sums,
-              Meanwhile soon) {
+              Half* kept, Ahead soon) {
     written();
     if (fresh) {
         _tile_zero(0);
@@ -127,6 +111,10 @@ void products(Weights w, const Half* x, const Half* below, int64_t columns, int6
             _tile_loadd(5, below, 64);
             _tile_dpbf16ps(2, 6, 5);
             _tile_dpbf16ps(3, 7, 5);
+        }
+        if constexpr (KEEP) {
+            _tile_stored(6, kept + s * BLOCK * WIDE, 64);
+            _tile_stored(7, kept + s * BLOCK * WIDE + TALL * WIDE, 64);
         }
         w.at += s + 2 == steps ? w.last : w.step;
     }
@@ -175,64 +163,45 @@ Chunk chunk(const Layer& layer, const Inputs& x, int64_t first, int64_t s, int64
 
 // Adds to the sums of up to 32 rows from r on what a chunk gives, whose weights are w. With the last inputs y is written,
 // a few lines at a time: each is a miss of the caches, for which the next products do not wait.
-template <typename Meanwhile>
-void add(const Layer& layer, const Inputs& x, int64_t r, const Chunk& now, Weights w, float* sums, Half* y,
-         const Meanwhile& meanwhile) {
+template <bool KEEP>
+void add(const Layer& layer, const Inputs& x, int64_t r, const Chunk& now, Weights w, Half* kept, float* sums, Half* y,
+         Ahead soon) {
     const int64_t columns = std::min(x.rows, TALL), all = (layer.in + WIDE - 1) / WIDE;
     const Half* tiles = x.tiles + r * x.steps * WIDE + now.s * columns * WIDE;
-    const auto run = x.rows - r > TALL ? products<true, Meanwhile> : products<false, Meanwhile>;
-    run(w, tiles, tiles + columns * x.steps * WIDE, columns, now.count, x.from + now.s == 0, sums + r * 32, meanwhile);
+    const auto run = x.rows - r > TALL ? products<true, KEEP> : products<false, KEEP>;
+    run(w, tiles, tiles + columns * x.steps * WIDE, columns, now.count, x.from + now.s == 0, sums + r * 32, kept, soon);
     const auto end = x.rows * layer.out < LARGE ? finish<false> : finish<true>;
     if (x.from + now.s + now.count == all)
         end(layer, now.first, sums + r * 32, std::min(2 * TALL, x.rows - r), y + r * layer.out);
 }
 
-// Adds to the sums of 32 outputs from `first` on what all these inputs of up to 32 rows give. `next`: the outputs after.
-void block(const Layer& layer, const Inputs& x, int64_t first, int64_t next, float* sums, Half* y) {
-    const Chunk now = chunk(layer, x, first, 0, x.steps);
-    const int64_t last = now.count > 1 ? now.last - (now.count - 2) * WIDE : 0;
-    const Half* soon = layer.weight + next * layer.in + x.from * WIDE;
-    const bool whole = x.steps * WIDE == layer.in;  // then they are asked for as they lie, else a line of each output
-    const Ahead ahead = whole ? Ahead{soon, WIDE, BLOCK * WIDE} : Ahead{soon, layer.in, WIDE};
-    add(layer, x, 0, now, {now.at, layer.in, WIDE, last}, sums, y, ahead);
-}
-
-// Lays the weights of a chunk side by side, from the s-th 32 inputs on.
-void stage(const Layer& layer, const Chunk& from, int64_t s, Half* staged) {
-    for (; s < from.count; s++)
-        for (int64_t n = 0; n < BLOCK; n++)
-            std::memcpy(staged + (s * BLOCK + n) * WIDE, from.at + n * layer.in + std::min(s * WIDE, from.last),
-                        sizeof(Half) * WIDE);
-}
-
-// The same of some blocks of outputs; place(b): where one's outputs begin. Weights are laid side by side before they are
-// multiplied, which pays when they are read several times: a chunk's while the one before is multiplied, each pair
-// of row tiles a share of the outputs. waiting: sums of `size` for each block, or null where all inputs are there.
+// Adds to the sums of some blocks of 32 outputs what all these inputs give; place(b): where one's outputs begin. The first
+// 32 rows read the weights where they lie and leave them side by side for the other rows, a chunk at a time; meanwhile the
+// next chunk is asked for, each 32 rows a share of it. waiting: sums of `size` for each block, or null where all inputs
+// are there.
 template <typename Place>
-void staged_blocks(const Layer& layer, const Inputs& x, int64_t blocks, const Place& place, float* waiting,
-                   int64_t size, Half* y) {
-    alignas(64) Half staged[2][BLOCK * INNER];
+void some_blocks(const Layer& layer, const Inputs& x, int64_t blocks, const Place& place, float* waiting, int64_t size,
+                 Half* y) {
+    alignas(64) Half kept[BLOCK * INNER];
     alignas(64) float passing[MOST_ROWS * BLOCK];
-    const int64_t most = INNER / WIDE, parts = (x.steps + most - 1) / most;
-    const int64_t pairs = (x.rows + 2 * TALL - 1) / (2 * TALL);
+    const int64_t pairs = (x.rows + 2 * TALL - 1) / (2 * TALL), share = (BLOCK + pairs - 1) / pairs;
+    const int64_t most = pairs == 1 ? x.steps : std::min(x.steps, INNER / WIDE), parts = (x.steps + most - 1) / most;
+    const bool whole = most * WIDE == layer.in;  // then they are asked for as they lie, else a line of each output
     const auto nth = [&](int64_t c) {
         c = std::min(c, blocks * parts - 1);
         return chunk(layer, x, place(c / parts), c % parts * most, most);
     };
-    Chunk now = nth(0), next = nth(1);
-    stage(layer, now, 0, staged[0]);
     for (int64_t c = 0; c < blocks * parts; c++) {
-        const Chunk later = nth(c + 2);
-        Half* other = staged[(c + 1) % 2];
+        const Chunk now = nth(c), next = nth(c + 1);
+        const int64_t last = now.count > 1 ? now.last - (now.count - 2) * WIDE : 0;
+        const Weights there = {now.at, layer.in, WIDE, last}, here = {kept, WIDE, BLOCK * WIDE, BLOCK * WIDE};
+        float* sums = waiting ? waiting + c / parts * size : passing;
         for (int64_t p = 0; p < pairs; p++) {
-            const int64_t n = BLOCK * p / pairs, end = BLOCK * (p + 1) / pairs;
-            const Staging staging = {next.at + n * layer.in, later.at + n * layer.in, layer.in, next.last,
-                                     other + n * WIDE, int(end - n)};
-            add(layer, x, p * 2 * TALL, now, {staged[c % 2], WIDE, BLOCK * WIDE, BLOCK * WIDE},
-                waiting ? waiting + c / parts * size : passing, y, staging);
+            const Ahead soon = whole ? Ahead{next.at + p * share * most * WIDE, WIDE, share * WIDE, int(share)}
+                                     : Ahead{next.at + p * share * layer.in, layer.in, WIDE, int(share)};
+            const auto run = p == 0 && pairs > 1 ? add<true> : add<false>;
+            run(layer, x, p * 2 * TALL, now, p == 0 ? there : here, kept, sums, y, soon);
         }
-        stage(layer, next, now.count, other);  // of a longer one what is left
-        now = next, next = later;
     }
 }
 
@@ -251,7 +220,6 @@ bool tiled(const Layer& layer, const Half* x, Half* y, int64_t rows, int64_t fir
     {
         const uint16_t wide = uint16_t(columns * 4);  // of sums and x
         const Tiles own({wide, wide, wide, wide, wide, wide, 64, 64});
-        alignas(64) float passing[MOST_ROWS * BLOCK];
         const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
         const int64_t mine = blocks * thread / threads, others = blocks * (thread + 1) / threads;
         // Of a number that 32 does not divide the last block overlaps the one before: the same results, written twice.
@@ -264,12 +232,9 @@ bool tiled(const Layer& layer, const Half* x, Half* y, int64_t rows, int64_t fir
             for (int64_t r = 0; r < rows; r += TALL)
                 gather(layer, x + r * layer.in, rows - r, columns, from, steps, tiles + r * steps * WIDE);
             const Inputs inputs = {tiles, rows, from, steps};
-            for (int64_t b = mine; rows <= UNSTAGED && b < others; b++)
-                block(layer, inputs, place(b), place(std::min(b + 1, others - 1)),
-                      waits ? waiting + b * size : passing, y);
-            if (rows > UNSTAGED && mine < others)
-                staged_blocks(layer, inputs, others - mine, [&](int64_t b) { return place(mine + b); },
-                              waits ? waiting + mine * size : nullptr, size, y);
+            if (mine < others)
+                some_blocks(layer, inputs, others - mine, [&](int64_t b) { return place(mine + b); },
+                            waits ? waiting + mine * size : nullptr, size, y);
 #pragma omp barrier
         }
         _mm_sfence();  // what was written past the caches is there for all
@@ -289,7 +254,9 @@ extern "C" bool linear(const Half* weight, const Half* bias, const Half* x, Half
                        int64_t in) {
 #ifdef LLAMA_INFER_TILES
     const Layer layer = {weight, bias, out, in};
-    const int64_t parts = (rows + MOST_ROWS - 1) / MOST_ROWS;  // alike, because each reads all weights
+    const int64_t whole = CHUNK / in / (2 * TALL) * (2 * TALL);  // rows whose inputs all stay in the second cache
+    const int64_t limit = whole < MOST_ROWS / 2 ? MOST_ROWS : std::min(whole, MOST_ROWS);
+    const int64_t parts = (rows + limit - 1) / limit;  // alike, because each reads all weights
     const int64_t most = (rows + parts * 2 * TALL - 1) / (parts * 2 * TALL) * 2 * TALL;
     for (int64_t r = 0; r < rows; r += most) {
         const int64_t some = std::min(most, rows - r), padded = (some + TALL - 1) / TALL * TALL;
