@@ -242,7 +242,7 @@ def test_rows_are_admitted_by_the_tokens_that_they_may_come_to_hold(pipe, memory
     small = pipe.replace(batch_size=20, prefix_cache=0)
     assert small._assembly.batch_size == 2
     engine = open_engine(small)
-    engine._scheduler.batch_size = 20
+    engine._scheduler.batch_size, engine._scheduler.idle_chunk = 20, 1024  # both prompts in one step
     lengths = [490] * 3 + [5] * 10
     for at, length in enumerate(lengths):
         engine.add(Request([at] * length, {"max_new_tokens": 10, "min_new_tokens": 10}, id=str(at)))

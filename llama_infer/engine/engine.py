@@ -170,8 +170,10 @@ class LocalEngine:
 
     def _new_scheduler(self) -> Scheduler:
         """Recorded steps are short; those that feed prompts are not, so that prompts share them."""
-        together = max(1, self._a.batch_size // 8) if self._a.runs_ahead else 1
-        return Scheduler(self._a.batch_size, self._a.cache_tokens, together=together)
+        size, tokens = self._a.batch_size, self._a.cache_tokens
+        if not self._a.runs_ahead:
+            return Scheduler(size, tokens)
+        return Scheduler(size, tokens, idle_chunk=1024, together=max(1, size // 8))
 
     @property
     def _table(self) -> Batch:
@@ -373,11 +375,7 @@ class LocalEngine:
         self._move(index)
         self._batch = None
         if table is not None:
-            self._batch = replace(
-                table,
-                width=max(row.known for row in self._rows),
-                values=self._values(),
-            )
+            self._batch = replace(table, width=max(row.known for row in self._rows), values=self._values())
         return events
 
     def _retire(self, sequence: LiveSequence) -> list[Event]:

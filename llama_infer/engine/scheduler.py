@@ -35,7 +35,7 @@ class Scheduler:
         batch_size: int,
         tokens: float = math.inf,
         chunk: int = 512,
-        idle_chunk: int = 1024,
+        idle_chunk: int = 512,
         together: int = 1,
     ) -> None:
         self.batch_size, self.tokens, self.chunk, self.idle_chunk = batch_size, tokens, chunk, idle_chunk
