@@ -1,6 +1,8 @@
 // Attention of single new tokens in bfloat16 where the processor multiplies tiles (AMX): scores by tiles, sixteen keys and
 // all query heads that share them at a time, the rest by vectors. As attention.cpp, every row reads its own keys and values
 // once and nothing else, with sums in float32; its result is the same whatever other rows are in the call.
+//
+// Keys and values in 8 bits are read as they lie. Their scales multiply scores and weights, of which there are few.
 
 #include <algorithm>
 
@@ -16,8 +18,12 @@ namespace {
 
 constexpr int64_t SIDE = 16, KEYS = 64;  // of a tile; of a step
 
+// T: of keys and values, Half or int8_t.
+template <typename T>
 struct Call {
-    const Half *q, *k, *v;
+    const Half* q;
+    const T *k, *v;
+    const Half *k_scale, *v_scale;  // of 8 bits
     Half* out;
     const int64_t* where;
     int64_t rows, heads, group, row_stride, head_stride, window;  // heads: of keys and values; strides: of the cache
@@ -28,8 +34,8 @@ struct Call {
 struct Item {
     int64_t held, asked, first, end;
 
-    template <int DIM>
-    static Item of(const Call& call, int64_t i) {
+    template <int DIM, typename T>
+    static Item of(const Call<T>& call, int64_t i) {
         const int64_t r = i / call.heads, head = i % call.heads, end = call.where[3 * call.rows + r];
         return {call.where[r] * call.row_stride + head * call.head_stride,
                 (call.where[call.rows + r] * call.heads + head) * call.group * DIM,
@@ -37,42 +43,107 @@ struct Item {
     }
 };
 
-// What a thread works with. HEADS query heads stand side by side: 4, 8 or 16, some of them nobody's.
-template <int DIM, int HEADS>
-struct Work {
-    alignas(64) Half query[DIM / 2][HEADS][2];  // pairs of dimensions
-    alignas(64) float weight[KEYS][HEADS];  // scores first
-    alignas(64) float sum[HEADS][DIM];  // what the heads have gathered, before it is divided by the total
-    alignas(64) Half last[SIDE][DIM];  // keys where the row ends among them
-    Lanes most, total;  // sixteen numbers of HEADS heads over and over; the totals are in parts
+// How a query stands before keys of a type: in PARTS, PER dimensions a word, of which a tile takes WORDS at once.
+template <typename T, int DIM>
+struct Form {
+    static constexpr int PARTS = sizeof(T) == 1 ? 2 : 1, PER = 4 / sizeof(T), WORDS = DIM * sizeof(T) % 64 ? 8 : 16;
 };
 
-// The scores of `count` keys, and of some behind them: tiles 0 and 1, 16 keys times HEADS, of 2, which is queries, and 3 and
-// 4, keys; 32 dimensions at a time. Values that will be needed are asked for.
+// What a thread works with. HEADS query heads stand side by side: 4, 8 or 16, some of them nobody's.
+template <typename T, int DIM, int HEADS>
+struct Work : Form<T, DIM> {
+    using Form<T, DIM>::PARTS, Form<T, DIM>::PER;
+    alignas(64) uint32_t query[PARTS][DIM / PER][HEADS];
+    alignas(64) float weight[KEYS][HEADS];  // scores first
+    alignas(64) int32_t high[KEYS][HEADS], low[KEYS][HEADS];  // of 8 bits: the parts' scores
+    alignas(64) float key_scale[KEYS + SIDE], value_scale[KEYS + SIDE];  // of 8 bits
+    alignas(64) float sum[HEADS][DIM];  // what the heads have gathered, before it is divided by the total
+    alignas(64) T last[SIDE][DIM];  // keys where the row ends among them
+    Lanes scale;  // of the scores of HEADS heads over and over, in units of log 2
+    Lanes most, total;  // likewise; the totals are in parts
+};
+
+// Lays a head's query out for keys in bfloat16.
 template <int DIM, int HEADS>
-void compare(const Half* keys, int64_t count, const Half* soon, Work<DIM, HEADS>& work) {
+float lay(const Half* q, int64_t h, Work<Half, DIM, HEADS>& work) {
+    for (int d = 0; d < DIM; d += 2) std::memcpy(&work.query[0][d / 2][h], q + d, 4);
+    return 1;
+}
+
+// For keys in 8 bits: in steps of a 16,256th of its largest number, 128 * the first part + the second. Returns a step,
+// NaN where a number is not finite.
+template <int DIM, int HEADS>
+float lay(const Half* q, int64_t h, Work<int8_t, DIM, HEADS>& work) {
+    Half most = 0;
+    for (int d = 0; d < DIM; d++) most = std::max<Half>(most, q[d] & 0x7fff);
+    if (most >= 0x7f80) return NAN;
+    const float step = widen(most) / 16256, up = most < 0x0d00 ? 0 : 1 / step;  // next to nothing is nothing
+    for (int d = 0; d < DIM; d++) {
+        const int number = int(std::nearbyint(widen(q[d]) * up)), high = (number + 64) >> 7;
+        ((int8_t*)&work.query[0][d / 4][h])[d % 4] = int8_t(high);
+        ((int8_t*)&work.query[1][d / 4][h])[d % 4] = int8_t(number - 128 * high);
+    }
+    return step;
+}
+
+// The products of keys in bfloat16: tiles 0 and 1, 16 keys times HEADS, of 2, which is queries, and 3 and 4, keys.
+template <int DIM, int HEADS, typename Line>
+void multiply(const Line& line, int64_t t, bool both, Work<Half, DIM, HEADS>& work) {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int d = 0; d < DIM; d += 32) {
+        _tile_loadd(2, work.query[0][d / 2], HEADS * 4);
+        _tile_loadd(3, line(t) + d, DIM * sizeof(Half));
+        _tile_dpbf16ps(0, 3, 2);
+        if (both) {
+            _tile_loadd(4, line(t + SIDE) + d, DIM * sizeof(Half));
+            _tile_dpbf16ps(1, 4, 2);
+        }
+    }
+    _tile_stored(0, work.weight[t], HEADS * 4);
+    if (both) _tile_stored(1, work.weight[t + SIDE], HEADS * 4);
+}
+
+// Of keys in 8 bits: tiles 0 and 1 are the first part's, 5 and 6 the second's, which is tile 7.
+template <int DIM, int HEADS, typename Line>
+void multiply(const Line& line, int64_t t, bool both, Work<int8_t, DIM, HEADS>& work) {
+    constexpr int WORDS = Form<int8_t, DIM>::WORDS;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(5);
+    _tile_zero(6);
+    for (int d = 0; d < DIM; d += 4 * WORDS) {
+        _tile_loadd(2, work.query[0][d / 4], HEADS * 4);
+        _tile_loadd(7, work.query[1][d / 4], HEADS * 4);
+        _tile_loadd(3, line(t) + d, DIM);
+        _tile_dpbssd(0, 3, 2);
+        _tile_dpbssd(5, 3, 7);
+        if (both) {
+            _tile_loadd(4, line(t + SIDE) + d, DIM);
+            _tile_dpbssd(1, 4, 2);
+            _tile_dpbssd(6, 4, 7);
+        }
+    }
+    _tile_stored(0, work.high[t], HEADS * 4);
+    _tile_stored(5, work.low[t], HEADS * 4);
+    if (both) {
+        _tile_stored(1, work.high[t + SIDE], HEADS * 4);
+        _tile_stored(6, work.low[t + SIDE], HEADS * 4);
+    }
+}
+
+// The products of `count` keys, and of some behind them, with the queries. Values that will be needed are asked for.
+template <typename T, int DIM, int HEADS>
+void compare(const T* keys, int64_t count, const T* soon, Work<T, DIM, HEADS>& work) {
     const int64_t whole = count / SIDE * SIDE;
     if (whole < count) {  // the cache may end here, and what lies behind the row may be NaN: weigh drops it
-        std::memcpy(work.last, keys + whole * DIM, (count - whole) * DIM * sizeof(Half));
+        std::memcpy(work.last, keys + whole * DIM, (count - whole) * DIM * sizeof(T));
     }
     const auto line = [&](int64_t t) { return t < whole ? keys + t * DIM : work.last[0]; };
     written();
     for (int64_t t = 0; t < count; t += 2 * SIDE) {
-        const bool both = t + SIDE < count;
-        for (int64_t at = t * DIM; at < std::min(t + 2 * SIDE, count) * DIM; at += 32) __builtin_prefetch(soon + at);
-        _tile_zero(0);
-        _tile_zero(1);
-        for (int d = 0; d < DIM; d += 32) {
-            _tile_loadd(2, work.query[d / 2], HEADS * 4);
-            _tile_loadd(3, line(t) + d, DIM * sizeof(Half));
-            _tile_dpbf16ps(0, 3, 2);
-            if (both) {
-                _tile_loadd(4, line(t + SIDE) + d, DIM * sizeof(Half));
-                _tile_dpbf16ps(1, 4, 2);
-            }
-        }
-        _tile_stored(0, work.weight[t], HEADS * 4);
-        if (both) _tile_stored(1, work.weight[t + SIDE], HEADS * 4);
+        for (int64_t at = t; at < std::min(t + 2 * SIDE, count); at++) fetch<DIM>(soon + at * DIM);
+        multiply(line, t, t + SIDE < count, work);
     }
     written();
 }
@@ -87,14 +158,36 @@ Lanes largest(Lanes x) {
     return x;
 }
 
-// The scores of `count` keys become weights, and what has been gathered shrinks to the new maximum.
+// Each of the numbers from there on HEADS times, sixteen in all.
+template <int HEADS>
+Lanes spread(const float* from) {
+    Places which;
+    for (int i = 0; i < SIDE; i++) which[i] = i / HEADS;
+    return (Lanes)_mm512_permutexvar_ps((__m512i)which, (__m512)load(from));
+}
+
+// Sixteen scores, from key `t` on, before what is the same for all keys.
 template <int DIM, int HEADS>
-void weigh(int64_t count, float scale, Work<DIM, HEADS>& work) {
+Lanes score(int64_t t, const Work<Half, DIM, HEADS>& work) {
+    return load(work.weight[t]);
+}
+
+template <int DIM, int HEADS>
+Lanes score(int64_t t, const Work<int8_t, DIM, HEADS>& work) {
+    Places high, low;
+    std::memcpy(&high, work.high[t], sizeof high);
+    std::memcpy(&low, work.low[t], sizeof low);
+    return __builtin_convertvector(high * 128 + low, Lanes) * spread<HEADS>(work.key_scale + t);
+}
+
+// The scores of `count` keys become weights of their values, and what has been gathered shrinks to the new maximum.
+template <typename T, int DIM, int HEADS>
+void weigh(int64_t count, Work<T, DIM, HEADS>& work) {
     constexpr int64_t EACH = SIDE / HEADS;  // keys in a vector
     Lanes scores[KEYS / EACH], top = work.most;
     const int64_t lines = (count + EACH - 1) / EACH;
     for (int64_t i = 0; i < lines; i++) {
-        scores[i] = load(work.weight[i * EACH]) * scale;
+        scores[i] = score(i * EACH, work) * work.scale;
         const int64_t here = std::min(EACH, count - i * EACH);
         if (here < EACH) {
             const __mmask16 gone = __mmask16(0xffffu << here * HEADS);
@@ -106,8 +199,8 @@ void weigh(int64_t count, float scale, Work<DIM, HEADS>& work) {
     Lanes added = {};
     for (int64_t i = 0; i < lines; i++) {
         const Lanes weight = power(scores[i] - top);
-        store(weight, work.weight[i * EACH]);
         added += weight;
+        store(sizeof(T) == 1 ? weight * spread<HEADS>(work.value_scale + i * EACH) : weight, work.weight[i * EACH]);
     }
     const Lanes shrink = power(work.most - top);  // 0 of what nobody has seen yet
     for (int h = 0; h < HEADS; h++)
@@ -117,23 +210,35 @@ void weigh(int64_t count, float scale, Work<DIM, HEADS>& work) {
     work.most = top;
 }
 
+// The scales of `count` tokens.
+inline void take(const Half* from, int64_t count, float* to) {
+    for (int64_t t = 0; t < count; t++) to[t] = widen(from[t]);
+}
+
 // An item's query heads from `g` on, as many as there is room for: KEYS tokens at a time, with a running maximum (Milakov
 // and Gimelshein 2018). `next`: the keys that are likely to be the next ones.
-template <int DIM, int HEADS>
-void attend(const Call& call, const Item& item, int64_t g, const Half* next, Work<DIM, HEADS>& work) {
+template <typename T, int DIM, int HEADS>
+void attend(const Call<T>& call, const Item& item, int64_t g, const T* next, Work<T, DIM, HEADS>& work) {
     const int64_t heads = std::min<int64_t>(HEADS, call.group - g);
-    const Half *q = call.q + item.asked + g * DIM, *k = call.k + item.held, *v = call.v + item.held;
+    const Half* q = call.q + item.asked + g * DIM;
+    const T *k = call.k + item.held, *v = call.v + item.held;
     std::memset(work.query, 0, sizeof work.query);
-    for (int64_t h = 0; h < heads; h++)
-        for (int d = 0; d < DIM; d += 2) std::memcpy(work.query[d / 2][h], q + h * DIM + d, 4);
+    work.scale = Lanes{};
+    for (int64_t h = 0; h < heads; h++) {
+        const float step = lay(q + h * DIM, h, work) * call.scale * 1.44269504f;
+        for (int64_t i = h; i < SIDE; i += HEADS) work.scale[i] = step;
+    }
     std::memset(work.sum, 0, sizeof work.sum);
     work.most = Lanes{} - INFINITY, work.total = Lanes{};
-    const float scale = call.scale * 1.44269504f;  // in units of log 2
     for (int64_t start = item.first; start < item.end; start += KEYS) {
         const int64_t count = std::min(KEYS, item.end - start);
+        if (sizeof(T) == 1) {
+            take(call.k_scale + item.held / DIM + start, count, work.key_scale);
+            take(call.v_scale + item.held / DIM + start, count, work.value_scale);
+        }
         compare(k + start * DIM, count, v + start * DIM, work);
-        weigh(count, scale, work);
-        const Half* soon = start + KEYS < item.end ? k + (start + KEYS) * DIM : next;
+        weigh(count, work);
+        const T* soon = start + KEYS < item.end ? k + (start + KEYS) * DIM : next;
         gather<DIM>(v + start * DIM, count, heads, work.weight[0], 1, HEADS, work.sum, soon);
     }
     Half* out = call.out + item.asked + g * DIM;
@@ -142,17 +247,18 @@ void attend(const Call& call, const Item& item, int64_t g, const Half* next, Wor
         for (int64_t i = h; i < SIDE; i += HEADS) total += work.total[i];
         alignas(64) float found[DIM];
         for (int d = 0; d < DIM; d += SIDE) store(load(work.sum[h] + d) / total, found + d);
-        for (int d = 0; d < DIM; d++) out[h * DIM + d] = narrow(found[place(d)]);
+        for (int d = 0; d < DIM; d++) out[h * DIM + d] = narrow(found[place<T>(d)]);
     }
 }
 
-template <int DIM, int HEADS>
-void all(const Call& call) {
+template <int DIM, int HEADS, typename T>
+void all(const Call<T>& call) {
 #pragma omp parallel
     {
-        Work<DIM, HEADS> work;
-        constexpr uint16_t WIDE = HEADS * 4;
-        const Tiles own({WIDE, WIDE, WIDE, 64, 64, 64, 64, 64});
+        Work<T, DIM, HEADS> work;
+        constexpr uint16_t SCORES = HEADS * 4, LINE = 4 * Form<T, DIM>::WORDS;
+        constexpr uint8_t WORDS = Form<T, DIM>::WORDS;
+        const Tiles own({SCORES, SCORES, SCORES, LINE, LINE, SCORES, SCORES, SCORES}, {16, 16, WORDS, 16, 16, 16, 16, WORDS});
         const int64_t count = call.rows * call.heads, threads = omp_get_num_threads();
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count; i++) {
@@ -163,8 +269,8 @@ void all(const Call& call) {
     }
 }
 
-template <int DIM>
-void all(const Call& call) {
+template <int DIM, typename T>
+void all(const Call<T>& call) {
     call.group <= 4 ? all<DIM, 4>(call) : call.group <= 8 ? all<DIM, 8>(call) : all<DIM, 16>(call);
 }
 
@@ -172,13 +278,16 @@ void all(const Call& call) {
 #endif
 
 // As attention.cpp's.
-#define DECODE(DIM)                                                                                                   \
-    extern "C" void bfloat16_##DIM(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* out,             \
-                                   const int64_t* where, int64_t rows, int64_t heads, int64_t group,                  \
-                                   int64_t row_stride, int64_t head_stride, int64_t window, float scale) {            \
-        all<DIM>({q, k, v, out, where, rows, heads, group, row_stride, head_stride, window, scale});                  \
+#define DECODE(NAME, TYPE, DIM)                                                                                        \
+    extern "C" void NAME##_##DIM(const uint16_t* q, const TYPE* k, const TYPE* v, const uint16_t* k_scale,             \
+                                 const uint16_t* v_scale, uint16_t* out, const int64_t* where, int64_t rows,           \
+                                 int64_t heads, int64_t group, int64_t row_stride, int64_t head_stride,                \
+                                 int64_t window, float scale) {                                                        \
+        all<DIM>(Call<TYPE>{q, k, v, k_scale, v_scale, out, where, rows, heads, group, row_stride, head_stride,        \
+                            window, scale});                                                                           \
     }
+#define BOTH(DIM) DECODE(bfloat16, uint16_t, DIM) DECODE(bfloat16_int8, int8_t, DIM)
 
 #ifdef LLAMA_INFER_TILES
-DECODE(32) DECODE(64) DECODE(96) DECODE(128) DECODE(256)
+BOTH(32) BOTH(64) BOTH(96) BOTH(128) BOTH(256)
 #endif
