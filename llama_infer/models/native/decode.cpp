@@ -2,7 +2,8 @@
 // all query heads that share them at a time, the rest by vectors. As attention.cpp, every row reads its own keys and values
 // once and nothing else, with sums in float32; its result is the same whatever other rows are in the call.
 //
-// Keys and values in 8 bits are read as they lie. Their scales multiply scores and weights, of which there are few.
+// Keys and values in 8 bits are read as they lie, and multiplied as integers: queries and weights are two such parts each,
+// 128 * the first + the second. Scales multiply scores and weights, of which there are few.
 
 #include <algorithm>
 
@@ -43,24 +44,32 @@ struct Item {
     }
 };
 
-// How a query stands before keys of a type: in PARTS, PER dimensions a word, of which a tile takes WORDS at once.
+// How a query stands before keys of a type: in PARTS, PER dimensions a word, of which a tile takes WORDS at once. WIDE: of
+// what is gathered.
 template <typename T, int DIM>
 struct Form {
     static constexpr int PARTS = sizeof(T) == 1 ? 2 : 1, PER = 4 / sizeof(T), WORDS = DIM * sizeof(T) % 64 ? 8 : 16;
+    static constexpr int WIDE = sizeof(T) == 1 ? (DIM + 63) / 64 * 64 : DIM;
 };
 
 // What a thread works with. HEADS query heads stand side by side: 4, 8 or 16, some of them nobody's.
 template <typename T, int DIM, int HEADS>
 struct Work : Form<T, DIM> {
-    using Form<T, DIM>::PARTS, Form<T, DIM>::PER;
+    using Form<T, DIM>::PARTS, Form<T, DIM>::PER, Form<T, DIM>::WIDE;
+    static constexpr int SOME = std::min(HEADS, 8);
     alignas(64) uint32_t query[PARTS][DIM / PER][HEADS];
     alignas(64) float weight[KEYS][HEADS];  // scores first
-    alignas(64) int32_t high[KEYS][HEADS], low[KEYS][HEADS];  // of 8 bits: the parts' scores
-    alignas(64) float key_scale[KEYS + SIDE], value_scale[KEYS + SIDE];  // of 8 bits
-    alignas(64) float sum[HEADS][DIM];  // what the heads have gathered, before it is divided by the total
+    alignas(64) float sum[HEADS][WIDE];  // what the heads have gathered, before it is divided by the total
     alignas(64) T last[SIDE][DIM];  // keys where the row ends among them
     Lanes scale;  // of the scores of HEADS heads over and over, in units of log 2
     Lanes most, total;  // likewise; the totals are in parts
+    // Of 8 bits only: scales, scores in parts, weights in parts (of SOME heads together), values of four keys a word, and
+    // what a tile of these has gathered.
+    alignas(64) float key_scale[KEYS + SIDE], value_scale[KEYS + SIDE];
+    alignas(64) int32_t high[KEYS][HEADS], low[KEYS][HEADS];
+    alignas(64) int8_t part[HEADS / SOME][2][SOME][KEYS];
+    alignas(64) uint32_t word[4][KEYS / 4][SIDE];
+    alignas(64) int32_t found[2][SOME][SIDE];
 };
 
 // Lays a head's query out for keys in bfloat16.
@@ -70,19 +79,27 @@ float lay(const Half* q, int64_t h, Work<Half, DIM, HEADS>& work) {
     return 1;
 }
 
-// For keys in 8 bits: in steps of a 16,256th of its largest number, 128 * the first part + the second. Returns a step,
-// NaN where a number is not finite.
+// What the parts of sixteen whole numbers are, of which none is beyond 16,256.
+inline void split(__m512i numbers, int8_t* first, int8_t* second) {
+    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(numbers, _mm512_set1_epi32(64)), 7);
+    _mm_storeu_si128((__m128i*)first, _mm512_cvtepi32_epi8(high));
+    _mm_storeu_si128((__m128i*)second, _mm512_cvtepi32_epi8(_mm512_sub_epi32(numbers, _mm512_slli_epi32(high, 7))));
+}
+
+// For keys in 8 bits: in steps of a 16,256th of its largest number. Returns a step, NaN where a number is not finite.
 template <int DIM, int HEADS>
 float lay(const Half* q, int64_t h, Work<int8_t, DIM, HEADS>& work) {
     Half most = 0;
     for (int d = 0; d < DIM; d++) most = std::max<Half>(most, q[d] & 0x7fff);
     if (most >= 0x7f80) return NAN;
     const float step = widen(most) / 16256, up = most < 0x0d00 ? 0 : 1 / step;  // next to nothing is nothing
-    for (int d = 0; d < DIM; d++) {
-        const int number = int(std::nearbyint(widen(q[d]) * up)), high = (number + 64) >> 7;
-        ((int8_t*)&work.query[0][d / 4][h])[d % 4] = int8_t(high);
-        ((int8_t*)&work.query[1][d / 4][h])[d % 4] = int8_t(number - 128 * high);
+    int8_t parts[2][DIM];
+    for (int d = 0; d < DIM; d += SIDE) {
+        const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(q + d))), 16);
+        split(_mm512_cvtps_epi32((__m512)((Lanes)wide * up)), parts[0] + d, parts[1] + d);
     }
+    for (int p = 0; p < 2; p++)
+        for (int d = 0; d < DIM; d += 4) std::memcpy(&work.query[p][d / 4][h], parts[p] + d, 4);
     return step;
 }
 
@@ -104,31 +121,22 @@ void multiply(const Line& line, int64_t t, bool both, Work<Half, DIM, HEADS>& wo
     if (both) _tile_stored(1, work.weight[t + SIDE], HEADS * 4);
 }
 
-// Of keys in 8 bits: tiles 0 and 1 are the first part's, 5 and 6 the second's, which is tile 7.
+// Of keys in 8 bits: tiles 0 and 1, of the queries' parts, which are 2 and 3, and 4, keys.
 template <int DIM, int HEADS, typename Line>
 void multiply(const Line& line, int64_t t, bool both, Work<int8_t, DIM, HEADS>& work) {
-    constexpr int WORDS = Form<int8_t, DIM>::WORDS;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(5);
-    _tile_zero(6);
-    for (int d = 0; d < DIM; d += 4 * WORDS) {
-        _tile_loadd(2, work.query[0][d / 4], HEADS * 4);
-        _tile_loadd(7, work.query[1][d / 4], HEADS * 4);
-        _tile_loadd(3, line(t) + d, DIM);
-        _tile_dpbssd(0, 3, 2);
-        _tile_dpbssd(5, 3, 7);
-        if (both) {
-            _tile_loadd(4, line(t + SIDE) + d, DIM);
-            _tile_dpbssd(1, 4, 2);
-            _tile_dpbssd(6, 4, 7);
+    constexpr int STEP = 4 * Form<int8_t, DIM>::WORDS;
+    for (int64_t at = t; at <= t + both * SIDE; at += SIDE) {
+        _tile_zero(0);
+        _tile_zero(1);
+        for (int d = 0; d < DIM; d += STEP) {
+            _tile_loadd(2, work.query[0][d / 4], HEADS * 4);
+            _tile_loadd(3, work.query[1][d / 4], HEADS * 4);
+            _tile_loadd(4, line(at) + d, DIM);
+            _tile_dpbssd(0, 4, 2);
+            _tile_dpbssd(1, 4, 3);
         }
-    }
-    _tile_stored(0, work.high[t], HEADS * 4);
-    _tile_stored(5, work.low[t], HEADS * 4);
-    if (both) {
-        _tile_stored(1, work.high[t + SIDE], HEADS * 4);
-        _tile_stored(6, work.low[t + SIDE], HEADS * 4);
+        _tile_stored(0, work.high[at], HEADS * 4);
+        _tile_stored(1, work.low[at], HEADS * 4);
     }
 }
 
@@ -205,14 +213,96 @@ void weigh(int64_t count, Work<T, DIM, HEADS>& work) {
     const Lanes shrink = power(work.most - top);  // 0 of what nobody has seen yet
     for (int h = 0; h < HEADS; h++)
         if (shrink[h] != 1.f)
-            for (int d = 0; d < DIM; d += SIDE) store(load(work.sum[h] + d) * shrink[h], work.sum[h] + d);
+            for (int d = 0; d < work.WIDE; d += SIDE) store(load(work.sum[h] + d) * shrink[h], work.sum[h] + d);
     work.total = work.total * shrink + added;
     work.most = top;
 }
 
-// The scales of `count` tokens.
-inline void take(const Half* from, int64_t count, float* to) {
+// The values of `count` keys, each times its weight, are added to what has been gathered. Keys that will be needed are
+// asked for.
+template <int DIM, int HEADS>
+void gather(const Half* values, int64_t count, int64_t heads, const Half* soon, Work<Half, DIM, HEADS>& work) {
+    gather<DIM>(values, count, heads, work.weight[0], 1, HEADS, work.sum, soon);
+}
+
+// The weights in parts, in steps of a 16,256th of a head's largest; returns the steps. Where HEADS heads of EACH keys are a
+// vector, sixteen vectors are turned at once: a head's keys come EACH apart.
+template <int DIM, int HEADS>
+Lanes part(int64_t count, int64_t heads, Work<int8_t, DIM, HEADS>& work) {
+    constexpr int64_t EACH = SIDE / HEADS;
+    const int64_t lines = (count + EACH - 1) / EACH;
+    Lanes most = {};
+    for (int64_t i = 0; i < lines; i++) most = more(most, load(work.weight[i * EACH]));
+    most = largest<HEADS>(most);
+    const Lanes up = most < 1e-30f ? Lanes{} : 16256 / most;
+    for (int64_t first = 0; first < KEYS; first += SIDE * EACH) {
+        __m512i numbers[SIDE];
+        for (int64_t i = 0; i < SIDE; i++) {
+            const Lanes some = first + i * EACH < count ? load(work.weight[first + i * EACH]) * up : Lanes{};
+            numbers[i] = _mm512_cvtps_epi32((__m512)some);
+        }
+        transpose(numbers);
+        for (int64_t i = 0; i < SIDE; i++) {
+            const int64_t h = i % HEADS, at = first + i / HEADS * SIDE;
+            if (h >= heads) continue;
+            auto& to = work.part[h / work.SOME];
+            split(numbers[i], &to[0][h % work.SOME][at], &to[1][h % work.SOME][at]);
+        }
+    }
+    return most * (1 / 16256.f);
+}
+
+// Where a dimension of values in 8 bits stands when four keys' have been laid side by side.
+constexpr int place8(int d) { return d / 64 * 64 + d % 16 / 4 * 16 + d % 64 / 16 * 4 + d % 4; }
+
+// In 8 bits, by tiles: 5, weights, times 6, values, is 7.
+template <int DIM, int HEADS>
+void gather(const int8_t* values, int64_t count, int64_t heads, const int8_t* soon, Work<int8_t, DIM, HEADS>& work) {
+    constexpr int64_t EACH = SIDE / HEADS;
+    const Lanes step = part(count, heads, work);
+    for (int d = 0; d < DIM; d += 64) {
+        const __mmask64 there = DIM - d < 64 ? (1ull << (DIM - d) % 64) - 1 : ~0ull;
+        for (int64_t line = 0; line < KEYS / 4; line++) {
+            const int64_t begin = line / 4 / EACH * SIDE * EACH + line / 4 % EACH + line % 4 * 4 * EACH;
+            __m512i x[4];
+            for (int i = 0; i < 4; i++) {
+                const int64_t key = std::min(begin + i * EACH, count - 1);  // its weight is 0 behind the end
+                x[i] = _mm512_maskz_loadu_epi8(there, values + key * DIM + d);
+                if (begin + i * EACH < count) __builtin_prefetch(soon + key * DIM + d);
+            }
+            const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
+            const __m512i c = _mm512_unpacklo_epi8(x[2], x[3]), e = _mm512_unpackhi_epi8(x[2], x[3]);
+            _mm512_store_si512(work.word[0][line], _mm512_unpacklo_epi16(a, c));
+            _mm512_store_si512(work.word[1][line], _mm512_unpackhi_epi16(a, c));
+            _mm512_store_si512(work.word[2][line], _mm512_unpacklo_epi16(b, e));
+            _mm512_store_si512(work.word[3][line], _mm512_unpackhi_epi16(b, e));
+        }
+        for (int64_t g = 0; g < heads; g += work.SOME) {
+            written();
+            _tile_loadd(5, work.part[g / work.SOME], KEYS);
+            for (int i = 0; i < 4; i++) {
+                _tile_zero(7);
+                _tile_loadd(6, work.word[i], 64);
+                _tile_dpbssd(7, 5, 6);
+                _tile_stored(7, work.found, 64);
+                written();
+                for (int64_t h = 0; h < std::min<int64_t>(work.SOME, heads - g); h++) {
+                    Places high, low;
+                    std::memcpy(&high, work.found[0][h], sizeof high);
+                    std::memcpy(&low, work.found[1][h], sizeof low);
+                    float* to = work.sum[g + h] + d + i * SIDE;
+                    store(load(to) + __builtin_convertvector(high * 128 + low, Lanes) * step[g + h], to);
+                }
+            }
+        }
+    }
+}
+
+// The scales of `count` tokens, with zeros behind them. Returns 0, or NaN where one is not finite.
+inline float take(const Half* from, int64_t count, float* to) {
+    std::fill(to + count, to + KEYS + SIDE, 0.f);
     for (int64_t t = 0; t < count; t++) to[t] = widen(from[t]);
+    return std::any_of(from, from + count, [](Half x) { return (x & 0x7fff) >= 0x7f80; }) ? NAN : 0;
 }
 
 // An item's query heads from `g` on, as many as there is room for: KEYS tokens at a time, with a running maximum (Milakov
@@ -229,25 +319,26 @@ void attend(const Call<T>& call, const Item& item, int64_t g, const T* next, Wor
         for (int64_t i = h; i < SIDE; i += HEADS) work.scale[i] = step;
     }
     std::memset(work.sum, 0, sizeof work.sum);
+    float odd = 0;
     work.most = Lanes{} - INFINITY, work.total = Lanes{};
     for (int64_t start = item.first; start < item.end; start += KEYS) {
         const int64_t count = std::min(KEYS, item.end - start);
         if (sizeof(T) == 1) {
             take(call.k_scale + item.held / DIM + start, count, work.key_scale);
-            take(call.v_scale + item.held / DIM + start, count, work.value_scale);
+            odd += take(call.v_scale + item.held / DIM + start, count, work.value_scale);
         }
         compare(k + start * DIM, count, v + start * DIM, work);
         weigh(count, work);
         const T* soon = start + KEYS < item.end ? k + (start + KEYS) * DIM : next;
-        gather<DIM>(v + start * DIM, count, heads, work.weight[0], 1, HEADS, work.sum, soon);
+        gather(v + start * DIM, count, heads, soon, work);
     }
     Half* out = call.out + item.asked + g * DIM;
     for (int64_t h = 0; h < heads; h++) {
-        float total = 0;
+        float total = odd;
         for (int64_t i = h; i < SIDE; i += HEADS) total += work.total[i];
-        alignas(64) float found[DIM];
-        for (int d = 0; d < DIM; d += SIDE) store(load(work.sum[h] + d) / total, found + d);
-        for (int d = 0; d < DIM; d++) out[h * DIM + d] = narrow(found[place<T>(d)]);
+        alignas(64) float found[work.WIDE];
+        for (int d = 0; d < work.WIDE; d += SIDE) store(load(work.sum[h] + d) / total, found + d);
+        for (int d = 0; d < DIM; d++) out[h * DIM + d] = narrow(found[sizeof(T) == 1 ? place8(d) : place<Half>(d)]);
     }
 }
 
@@ -256,9 +347,11 @@ void all(const Call<T>& call) {
 #pragma omp parallel
     {
         Work<T, DIM, HEADS> work;
-        constexpr uint16_t SCORES = HEADS * 4, LINE = 4 * Form<T, DIM>::WORDS;
-        constexpr uint8_t WORDS = Form<T, DIM>::WORDS;
-        const Tiles own({SCORES, SCORES, SCORES, LINE, LINE, SCORES, SCORES, SCORES}, {16, 16, WORDS, 16, 16, 16, 16, WORDS});
+        constexpr uint16_t WIDE = HEADS * 4, LINE = 4 * Form<T, DIM>::WORDS;
+        constexpr uint8_t WORDS = Form<T, DIM>::WORDS, PARTS = 2 * work.SOME;
+        const Tiles own = sizeof(T) == 1
+            ? Tiles({WIDE, WIDE, WIDE, WIDE, LINE, 64, 64, 64}, {16, 16, WORDS, WORDS, 16, PARTS, 16, PARTS})
+            : Tiles({WIDE, WIDE, WIDE, 64, 64, 64, 64, 64});
         const int64_t count = call.rows * call.heads, threads = omp_get_num_threads();
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count; i++) {
