@@ -160,9 +160,9 @@ void attend(const T* q, Held<S, T> keys, Held<S, T> values, T* out, int64_t firs
                 fetch<4 * DIM>(v + (start + t) * DIM);
 #ifdef LLAMA_INFER_PAIRS
                 if constexpr (PAIRED<S, DIM>) {
-                    const BFloat16* four[4];
-                    for (int i = 0; i < 4; i++) four[i] = k + std::min(start + t + i, end - 1) * DIM;
-                    for (int g = 0; g < heads; g++) scores<DIM>(q + (g0 + g) * DIM, four, scale, weights[g] + t);
+                    const BFloat16* each[4];
+                    for (int i = 0; i < 4; i++) each[i] = k + std::min(start + t + i, end - 1) * DIM;
+                    for (int g = 0; g < heads; g++) scores<DIM>(q + (g0 + g) * DIM, each, scale, weights[g] + t);
                     continue;
                 }
 #endif
@@ -203,7 +203,7 @@ void attend(const T* q, Held<S, T> keys, Held<S, T> values, T* out, int64_t firs
         }
         for (int g = 0; g < heads; g++)
             for (int d = 0; d < DIM; d++) {
-                const int at = PAIRED<S, DIM> ? place<Half>(d) : d;
+                const int at = PAIRED<S, DIM> ? place(d) : d;
                 narrow(sum[g][at] / total[g], out[(g0 + g) * DIM + d]);
             }
     }

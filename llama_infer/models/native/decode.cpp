@@ -86,12 +86,12 @@ inline void split(__m512i numbers, int8_t* first, int8_t* second) {
     _mm_storeu_si128((__m128i*)second, _mm512_cvtepi32_epi8(_mm512_sub_epi32(numbers, _mm512_slli_epi32(high, 7))));
 }
 
-// For keys in 8 bits: in steps of a 16,256th of its largest number. Returns a step, NaN where a number is not finite.
+// For keys in 8 bits: in steps of a 16,256th of its largest number. Returns a step, which is not finite where a number
+// is not, nor are its scores then.
 template <int DIM, int HEADS>
 float lay(const Half* q, int64_t h, Work<int8_t, DIM, HEADS>& work) {
     Half most = 0;
     for (int d = 0; d < DIM; d++) most = std::max<Half>(most, q[d] & 0x7fff);
-    if (most >= 0x7f80) return NAN;
     const float step = widen(most) / 16256, up = most < 0x0d00 ? 0 : 1 / step;  // next to nothing is nothing
     int8_t parts[2][DIM];
     for (int d = 0; d < DIM; d += SIDE) {
@@ -338,7 +338,7 @@ void attend(const Call<T>& call, const Item& item, int64_t g, const T* next, Wor
         for (int64_t i = h; i < SIDE; i += HEADS) total += work.total[i];
         alignas(64) float found[work.WIDE];
         for (int d = 0; d < work.WIDE; d += SIDE) store(load(work.sum[h] + d) / total, found + d);
-        for (int d = 0; d < DIM; d++) out[h * DIM + d] = narrow(found[sizeof(T) == 1 ? place8(d) : place<Half>(d)]);
+        for (int d = 0; d < DIM; d++) out[h * DIM + d] = narrow(found[sizeof(T) == 1 ? place8(d) : place(d)]);
     }
 }
 

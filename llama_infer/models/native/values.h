@@ -28,11 +28,8 @@ inline void load(const int8_t* at, Lanes& first, Lanes& second) {
 }
 #endif
 
-// Where a dimension stands in what is gathered of such vectors.
-template <typename T>
-constexpr int place(int d) {
-    return sizeof(T) == 1 ? d : d / 32 * 32 + d % 2 * 16 + d % 32 / 2;
-}
+// Where a dimension stands in what is gathered of bfloat16.
+constexpr int place(int d) { return d / 32 * 32 + d % 2 * 16 + d % 32 / 2; }
 
 // Asks for so many numbers.
 template <int DIM, typename T>
