@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from oracles import completions, drain, open_engine, random_prompts, requests, tokens_of
 
 from llama_infer import Pipeline
-from llama_infer.cache.int8 import Int8SlotCache
+from llama_infer.cache.int8 import Int8SlotCache, encode, encode_plainly
 from llama_infer.cache.place import place
 from llama_infer.cache.slots import SlotCache
+from llama_infer.encoded import Encoded
 from llama_infer.layout import Layout, Span
+from llama_infer.models.native import attention, elementwise, tiled
 from llama_infer.testing import tiny_llama
 
 HEADS, DIM, LAYERS = 2, 4, 2
@@ -191,6 +193,44 @@ def test_int8_takes_half_the_memory():
         layer.update(*torch.randn(2, 1, HEADS, 5, 64).bfloat16())
         sizes[kind] = sum(buffer.nbytes for buffer in layer._keys + layer._values)
     assert sizes[Int8SlotCache] == sizes[SlotCache] * 66 / 128
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", [1, 1e-30, 1e-38, 1e-40, 1e30])
+def test_eight_bits_are_found_as_plainly(dtype, size):
+    """However tokens and heads lie; of what is not finite, the scale is not."""
+    states = (size * torch.randn(300, 4, 96, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).to(dtype)
+    states[3], states[5, 0, 0], states[6, 1, 3] = 0, torch.nan, -torch.inf
+    for given_states in (states, states.transpose(0, 1).contiguous().transpose(0, 1), states[..., ::2], states[:0]):
+        steps, scale = encode(given_states)
+        expected_steps, expected_scale = encode_plainly(given_states)
+        finite = expected_scale.isfinite().expand_as(steps)
+        torch.testing.assert_close(scale, expected_scale, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(steps[finite], expected_steps[finite]) and steps.dtype == torch.int8
+
+
+@pytest.mark.skipif(not elementwise.available(), reason="no C++ compiler, or no cache folder of one's own")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoding_reads_eight_bits_as_they_are_held(monkeypatch, dtype):
+    """Nothing becomes what it was while rows feed one token each, and of a prompt its own row at most; and what comes
+    out is what comes out where everything does."""
+    shapes, decode = [], Encoded.decode
+    monkeypatch.setattr(Encoded, "decode", lambda held: shapes.append(tuple(held.shape)) or decode(held))
+    monkeypatch.setattr(tiled, "available", lambda: False)
+    pipe = Pipeline(tiny_llama(dtype=dtype), cache="slots-int8", batch_size=4, stopping=("length",), prefix_cache=0)
+    asked = requests(random_prompts(5, seed=2, longest=40), max_new_tokens=9, temperature=0)
+    found = list(pipe.run(asked))
+    prompts = {len(one.prompt_token_ids) for one in found}
+    assert shapes and all(shape[0] == 1 and shape[2] in prompts for shape in shapes)
+    monkeypatch.setattr(attention, "kernel", lambda *given: None)
+    shapes.clear()
+    tolerance = 1e-4 if dtype == "float32" else 0.1
+    for one, other in zip(found, pipe.run(asked), strict=True):
+        for mine, its, a, b in zip(one.token_ids, other.token_ids, one.logprobs, other.logprobs, strict=True):
+            assert abs(a - b) < tolerance
+            if mine != its:
+                break
+    assert any(shape[2] not in prompts for shape in shapes)
 
 
 @settings(deadline=None, max_examples=40)

@@ -18,6 +18,7 @@ LAYERS = [
         "patterns",
         "batch",
         "layout",
+        "encoded",
         "history",
         "rows",
         "candidates",

@@ -17,6 +17,8 @@ from oracles import greedy
 from test_kernels import definition, make, spans
 
 from llama_infer import Pipeline
+from llama_infer.cache.int8 import encode_plainly
+from llama_infer.encoded import Encoded
 from llama_infer.layout import Layout, Span
 from llama_infer.models.native import attention as native
 from llama_infer.models.native import integer, tiled
@@ -42,6 +44,17 @@ def chosen_way(request, monkeypatch):
         monkeypatch.setattr(tiled, "available", lambda: False)
 
 
+def held(states, eight_bits):
+    """Keys or values as a cache holds them, and exactly what they stand for."""
+    if not eight_bits:
+        return states, states.double()
+    steps, scale = encode_plainly(states)
+    return Encoded(steps, scale), steps.double() * scale.double()
+
+
+in_eight_bits = pytest.mark.parametrize("eight_bits", [False, True])
+
+
 def attend(layout, q, k, v, window=None, scaling=None):
     """q [N, kv heads, group, d]; [N, kv heads, group, d] with zeros where a row feeds more than one token."""
     out = torch.zeros_like(q)
@@ -52,7 +65,8 @@ def attend(layout, q, k, v, window=None, scaling=None):
 
 @compiled
 @each_way
-@settings(deadline=None, max_examples=100)
+@in_eight_bits
+@settings(deadline=None, max_examples=80)
 @given(
     spans,
     st.sampled_from([(1, 1), (2, 3), (2, 4), (2, 7), (1, 11), (1, 20)]),
@@ -60,13 +74,15 @@ def attend(layout, q, k, v, window=None, scaling=None):
     st.sampled_from([None, 0.7, -0.7]),
     st.sampled_from([(torch.float32, 8), (torch.bfloat16, 8), (torch.bfloat16, 32)]),
 )
-def test_every_single_token_is_the_definition(tiles, given_spans, heads, window, scaling, kind):
+def test_every_single_token_is_the_definition(tiles, eight_bits, given_spans, heads, window, scaling, kind):
     """Ragged rows, windows, groups of heads; what lies behind the end of a row is not read at all."""
     dtype, dim = kind
     layout, q, k, v = make(given_spans, *heads, dtype, dim)
-    expected = definition(layout, *(t.double() for t in (q, k, v)), window, scaling)
+    (k, exact_k), (v, exact_v) = held(k, eight_bits), held(v, eight_bits)
+    expected = definition(layout, q.double(), exact_k, exact_v, window, scaling)
     for row, span in enumerate(layout.spans):
-        k[row, :, span.end :] = v[row, :, span.end :] = torch.nan
+        for t in (k.scale, v.scale) if eight_bits else (k, v):
+            t[row, :, span.end :] = torch.nan
     found = attend(layout, q, k, v, window, scaling)
     singles = layout.singles[1] if layout.singles is not None else torch.empty(0, dtype=torch.int64)
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
@@ -78,33 +94,36 @@ def test_every_single_token_is_the_definition(tiles, given_spans, heads, window,
 
 @compiled
 @each_way
+@in_eight_bits
 @pytest.mark.parametrize("dim", [8, 16, 32, 64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_size_of_head(tiles, dim, dtype):
+def test_every_size_of_head(tiles, eight_bits, dim, dtype):
     """And scores as far apart as attention ever has them."""
     for spread in (1, 30):
         layout = Layout(tuple(Span(old, 1, True) for old in (0, 63, 64, 200)), torch.device("cpu"))
         draw = torch.Generator().manual_seed(dim)
         q = (spread * torch.randn(4, 2, 3, dim, generator=draw)).to(dtype)
-        k, v = torch.randn(2, 4, 2, 260, dim, generator=draw).to(dtype)
-        k, v = k[:, :, :201], v[:, :, :201]
-        scores = (q.double() @ k.double().transpose(-1, -2)) * dim**-0.5
+        states = torch.randn(2, 4, 2, 260, dim, generator=draw).to(dtype)
+        (k, exact_k), (v, exact_v) = ((t[:, :, :201] for t in held(t, eight_bits)) for t in states)
+        scores = (q.double() @ exact_k.transpose(-1, -2)) * dim**-0.5
         hidden = torch.arange(201) >= torch.tensor([1, 64, 65, 201])[:, None, None, None]
-        expected = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v.double()
+        expected = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ exact_v
         tolerance = 2e-5 if dtype == torch.float32 else 0.02
         torch.testing.assert_close(attend(layout, q, k, v).double(), expected, rtol=0, atol=tolerance)
 
 
 @compiled
 @each_way
+@in_eight_bits
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["query", "key", "value"])
-def test_what_is_not_finite_stays_so_and_in_its_row(tiles, dtype, bad, where):
+def test_what_is_not_finite_stays_so_and_in_its_row(tiles, eight_bits, dtype, bad, where):
     """As in torch's kernel, so that the engine finds it among the logits."""
     layout, q, k, v = make([Span(20, 1, True)] * 2, 1, 2, dtype, 32)
-    clean = attend(layout, q, k, v)
+    clean = attend(layout, q, *(held(t, eight_bits)[0] for t in (k, v)))
     {"query": q, "key": k, "value": v}[where][1, 0, 0, 0] = bad
+    k, v = (held(t, eight_bits)[0] for t in (k, v))
     found = attend(layout, q, k, v)
     expected = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
     assert torch.equal(found[0], clean[0])
@@ -113,10 +132,12 @@ def test_what_is_not_finite_stays_so_and_in_its_row(tiles, dtype, bad, where):
 
 
 @pytest.mark.skipif(not TILES, reason="the processor multiplies no tiles")
+@in_eight_bits
 @pytest.mark.parametrize("group", [1, 4, 6, 16])
-def test_a_row_gives_the_same_alone_and_among_others(group):
+def test_a_row_gives_the_same_alone_and_among_others(eight_bits, group):
     """To the last bit."""
     layout, q, k, v = make([Span(old, 1, True) for old in (3, 64, 200, 127)], 2, group, torch.bfloat16, 64)
+    k, v = (held(t, eight_bits)[0] for t in (k, v))
     found = attend(layout, q, k, v)
     for row, span in enumerate(layout.spans):
         alone = Layout((span,), torch.device("cpu"))

@@ -11,6 +11,8 @@ from oracles import completions, drain, open_engine, random_prompts, requests
 from test_kernels import definition, make
 
 from llama_infer import Pipeline
+from llama_infer.cache.int8 import encode_plainly
+from llama_infer.encoded import Encoded
 from llama_infer.layout import Layout, Span
 from llama_infer.models import kernels
 from llama_infer.models.native import attention as native
@@ -89,6 +91,18 @@ def test_a_token_is_the_same_in_any_company(window):
             queries = torch.cat([q[:9], q[start:end], q[:2]])
             keys, values = (torch.cat([t, t, t])[:, :, : max(end, 12)] for t in (k, v))
             assert torch.equal(attend(chunk, queries, keys, values, window)[9:-2], whole[start:end])
+
+
+@tiled
+@pytest.mark.parametrize("dim", [32, 64, 96, 128, 256])
+def test_eight_bits_are_read_as_they_are_held(dim):
+    """As if they had become bfloat16 before, bit for bit; what lies behind the end of a row does not reach it."""
+    layout, q, k, v = make([Span(0, 150, True), Span(120, 9, True), Span(30, 1, True)], 2, 3, torch.bfloat16, dim)
+    k, v = (Encoded(*encode_plainly(t)) for t in (k, v))
+    expected = attend(layout, q, k.decode(), v.decode())
+    for row, span in enumerate(layout.spans):
+        k.scale[row, :, span.end :] = v.scale[row, :, span.end :] = torch.nan
+    assert torch.equal(attend(layout, q, k, v), expected)
 
 
 @tiled

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..encoded import decoded
 from ..errors import UnsupportedError
 from ..layout import Layout, Piece, Span
 from . import kernels
@@ -127,7 +128,7 @@ def _packed_attention(
         spans = layout.spans[piece.first : piece.last]
         at = slice(piece.start, piece.start + sum(span.new for span in spans))
         rows, width = slice(piece.first, piece.last), max(span.end for span in spans)
-        k, v = key[rows, :, :width], value[rows, :, :width]
+        k, v = (decoded(t[rows, :, :width]) for t in (key, value))
         if kernel == "flash_attention_2":
             out[at] = _flash(module, query[0, :, at], k, v, spans, scaling, sliding_window)
         else:  # the heads of each token in groups that share a KV head

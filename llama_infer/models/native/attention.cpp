@@ -1,11 +1,13 @@
 // Attention of single new tokens. Every row reads its own keys and values once and nothing else: rows of any lengths
-// share a call without padding, and the query heads of a group share what is read. Sums are in float32.
+// share a call without padding, and the query heads of a group share what is read. Sums are in float32. The scales of keys
+// and values in 8 bits multiply scores and weights, of which there are few.
 
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -24,6 +26,8 @@ struct BFloat16 {
 inline float widen(float x) { return x; }
 
 inline float widen(BFloat16 x) { return widen(x.bits); }
+
+inline float widen(int8_t x) { return x; }
 
 inline void narrow(float x, float& to) { to = x; }
 
@@ -73,6 +77,20 @@ template <typename T, int DIM>
 constexpr bool PAIRED = false;
 #endif
 
+#ifdef LLAMA_INFER_LANES
+// Whether values are gathered in vectors as they lie, and what they are then.
+#ifdef __AVX512F__
+template <typename S, int DIM>
+constexpr bool GATHERED = PAIRED<S, DIM> || (sizeof(S) == 1 && DIM % 32 == 0);
+#else
+template <typename S, int DIM>
+constexpr bool GATHERED = PAIRED<S, DIM>;
+#endif
+
+template <typename S>
+using Plain = std::conditional_t<sizeof(S) == 1, int8_t, Half>;
+#endif
+
 // Of a query and four keys.
 template <int DIM>
 inline void scores(const float* query, const float* keys, float* found) {
@@ -104,18 +122,32 @@ inline void four(const T* from, int64_t start, int64_t end, float* to) {
     }
 }
 
-// Asks for four tokens that are needed soon: the processor's own foresight ends at every page.
-template <typename T, int DIM>
-inline void fetch(const T* from) {
-    for (size_t at = 0; at < 4 * DIM * sizeof(T); at += 64) __builtin_prefetch((const char*)from + at);
-}
+// Keys or values of type S, and their scales where that is int8_t.
+template <typename S, typename T>
+struct Held {
+    const S* numbers;
+    const T* scales;
+
+    template <int DIM>
+    Held from(int64_t at) const {
+        return {numbers + at, sizeof(S) == 1 ? scales + at / DIM : nullptr};
+    }
+
+    // Multiplies what there is one of for each of some tokens.
+    void scale(int64_t start, int64_t count, float* of) const {
+        if (sizeof(S) == 1)
+            for (int64_t t = 0; t < count; t++) of[t] *= widen(scales[start + t]);
+    }
+};
 
 // One KV head of one row: a tile of tokens at a time, with a running maximum (Milakov and Gimelshein 2018).
-template <typename T, int DIM>
-void attend(const T* q, const T* k, const T* v, T* out, int64_t first, int64_t end, int64_t group, float scale) {
+template <typename S, typename T, int DIM>
+void attend(const T* q, Held<S, T> keys, Held<S, T> values, T* out, int64_t first, int64_t end, int64_t group,
+            float scale) {
     constexpr int TILE = 64, HEADS = 8;
     alignas(64) float query[HEADS][DIM], sum[HEADS][DIM], weights[HEADS][TILE], some[4 * DIM];
     float most[HEADS], total[HEADS];
+    const S *k = keys.numbers, *v = values.numbers;
     for (int64_t g0 = 0; g0 < group; g0 += HEADS) {
         const int heads = int(std::min<int64_t>(HEADS, group - g0));
         for (int g = 0; g < heads; g++) {
@@ -125,19 +157,20 @@ void attend(const T* q, const T* k, const T* v, T* out, int64_t first, int64_t e
         for (int64_t start = first; start < end; start += TILE) {
             const int count = int(std::min<int64_t>(TILE, end - start));
             for (int t = 0; t < count; t += 4) {
-                fetch<T, DIM>(v + (start + t) * DIM);
+                fetch<4 * DIM>(v + (start + t) * DIM);
 #ifdef LLAMA_INFER_PAIRS
-                if constexpr (PAIRED<T, DIM>) {
-                    const BFloat16* keys[4];
-                    for (int i = 0; i < 4; i++) keys[i] = k + std::min(start + t + i, end - 1) * DIM;
-                    for (int g = 0; g < heads; g++) scores<DIM>(q + (g0 + g) * DIM, keys, scale, weights[g] + t);
+                if constexpr (PAIRED<S, DIM>) {
+                    const BFloat16* each[4];
+                    for (int i = 0; i < 4; i++) each[i] = k + std::min(start + t + i, end - 1) * DIM;
+                    for (int g = 0; g < heads; g++) scores<DIM>(q + (g0 + g) * DIM, each, scale, weights[g] + t);
                     continue;
                 }
 #endif
-                four<T, DIM>(k, start + t, end, some);
+                four<S, DIM>(k, start + t, end, some);
                 for (int g = 0; g < heads; g++) scores<DIM>(query[g], some, weights[g] + t);
             }
             for (int g = 0; g < heads; g++) {
+                keys.scale(start, count, weights[g]);
                 float top = most[g];
                 for (int t = 0; t < count; t++) top = top < weights[g][t] ? weights[g][t] : top;
                 const float shrink = top == most[g] ? 1.f : most[g] == -INFINITY ? 0.f : exponential(most[g] - top);
@@ -146,20 +179,21 @@ void attend(const T* q, const T* k, const T* v, T* out, int64_t first, int64_t e
                     weights[g][t] = exponential(weights[g][t] - top);
                     added += weights[g][t];
                 }
+                values.scale(start, count, weights[g]);
                 for (int t = count; t % 4; t++) weights[g][t] = 0;
                 most[g] = top, total[g] = total[g] * shrink + added;
                 for (int d = 0; d < DIM; d++) sum[g][d] *= shrink;
             }
-#ifdef LLAMA_INFER_PAIRS
-            if constexpr (PAIRED<T, DIM>) {
-                gather<DIM>((const Half*)v + start * DIM, count, heads, weights[0], TILE, 1, sum,
-                            (const Half*)k + (start + TILE) * DIM);
+#ifdef LLAMA_INFER_LANES
+            if constexpr (GATHERED<S, DIM>) {
+                gather<DIM>((const Plain<S>*)v + start * DIM, count, heads, weights[0], TILE, 1, sum,
+                            (const Plain<S>*)k + (start + TILE) * DIM);
                 continue;
             }
 #endif
             for (int t = 0; t < count; t += 4) {
-                fetch<T, DIM>(k + (start + TILE + t) * DIM);
-                four<T, DIM>(v, start + t, end, some);
+                fetch<4 * DIM>(k + (start + TILE + t) * DIM);
+                four<S, DIM>(v, start + t, end, some);
                 for (int g = 0; g < heads; g++) {
                     const float *w = weights[g] + t, *x = some;
                     for (int d = 0; d < DIM; d++, x++)
@@ -169,33 +203,41 @@ void attend(const T* q, const T* k, const T* v, T* out, int64_t first, int64_t e
         }
         for (int g = 0; g < heads; g++)
             for (int d = 0; d < DIM; d++) {
-                const int at = PAIRED<T, DIM> ? place(d) : d;
+                const int at = PAIRED<S, DIM> ? place(d) : d;
                 narrow(sum[g][at] / total[g], out[(g0 + g) * DIM + d]);
             }
     }
 }
 
-template <typename T, int DIM>
-void all(const T* q, const T* k, const T* v, T* out, const int64_t* where, int64_t rows, int64_t heads, int64_t group,
-         int64_t row_stride, int64_t head_stride, int64_t window, float scale) {
+template <typename S, typename T, int DIM>
+void all(const T* q, Held<S, T> keys, Held<S, T> values, T* out, const int64_t* where, int64_t rows, int64_t heads,
+         int64_t group, int64_t row_stride, int64_t head_stride, int64_t window, float scale) {
 #pragma omp parallel for schedule(dynamic)
     for (int64_t i = 0; i < rows * heads; i++) {
         const int64_t row = where[i / heads], token = where[rows + i / heads], end = where[3 * rows + i / heads];
         const int64_t held = row * row_stride + i % heads * head_stride;
         const int64_t asked = (token * heads + i % heads) * group * DIM;
-        attend<T, DIM>(q + asked, k + held, v + held, out + asked, std::max<int64_t>(0, end - window), end, group, scale);
+        attend<S, T, DIM>(q + asked, keys.template from<DIM>(held), values.template from<DIM>(held), out + asked,
+                          std::max<int64_t>(0, end - window), end, group, scale);
     }
 }
 
 }  // namespace
 
-#define ATTEND(NAME, TYPE, DIM)                                                                                        \
-    extern "C" void NAME##_##DIM(const void* q, const void* k, const void* v, void* out, const int64_t* where,         \
-                                 int64_t rows, int64_t heads, int64_t group, int64_t row_stride, int64_t head_stride,  \
-                                 int64_t window, float scale) {                                                        \
-        all<TYPE, DIM>((const TYPE*)q, (const TYPE*)k, (const TYPE*)v, (TYPE*)out, where, rows, heads, group,          \
-                       row_stride, head_stride, window, scale);                                                        \
+// q and out [N, heads * group, DIM]; k and v as they lie in the cache, and where they are of 8 bits their scales, one where
+// there are DIM of the numbers.
+#define ATTEND(NAME, STORED, TYPE, DIM)                                                                                \
+    extern "C" void NAME##_##DIM(const void* q, const void* k, const void* v, const void* k_scale,                     \
+                                 const void* v_scale, void* out, const int64_t* where, int64_t rows, int64_t heads,    \
+                                 int64_t group, int64_t row_stride, int64_t head_stride, int64_t window,               \
+                                 float scale) {                                                                        \
+        using Each = Held<STORED, TYPE>;                                                                               \
+        all<STORED, TYPE, DIM>((const TYPE*)q, Each{(const STORED*)k, (const TYPE*)k_scale},                           \
+                               Each{(const STORED*)v, (const TYPE*)v_scale}, (TYPE*)out, where, rows, heads, group,    \
+                               row_stride, head_stride, window, scale);                                                \
     }
-#define BOTH(DIM) ATTEND(bfloat16, BFloat16, DIM) ATTEND(float32, float, DIM)
+#define EACH(DIM)                                                                                                      \
+    ATTEND(bfloat16, BFloat16, BFloat16, DIM) ATTEND(bfloat16_int8, int8_t, BFloat16, DIM)                             \
+    ATTEND(float32, float, float, DIM) ATTEND(float32_int8, int8_t, float, DIM)
 
-BOTH(8) BOTH(16) BOTH(32) BOTH(64) BOTH(96) BOTH(128) BOTH(256)
+EACH(8) EACH(16) EACH(32) EACH(64) EACH(96) EACH(128) EACH(256)

@@ -1,13 +1,15 @@
 // Attention of many new tokens of a row, in bfloat16, by the processor's tiles (AMX). Scores stand transposed, a key a
 // line and sixteen queries side by side: maxima and sums are taken line by line, the weights are as the second product
 // wants them, and keys are read as they lie. A query sees its keys 128 at a time, those of positions 0 to
-// 127 first (Dao et al. 2022, arXiv 2205.14135), and nothing else: its result is the same whatever is fed with it.
+// 127 first (Dao et al. 2022, arXiv 2205.14135), and nothing else: its result is the same whatever is fed with it. Keys and
+// values in 8 bits become bfloat16, 128 at a time, for all queries that a thread has for them.
 
 #include <algorithm>
 #include <cstdlib>
 
 #include "numbers.h"
 #include "tiles.h"
+#include "values.h"
 #include "vectors.h"
 
 #ifdef LLAMA_INFER_TILES
@@ -16,8 +18,12 @@ namespace {
 constexpr int SIDE = 16, KEYS = 128, QUERIES = 32;  // of a tile; of a step
 constexpr int64_t TOKENS = 128, MOST = 512;  // of a row that share the keys laid out for them; and their queries
 
+// T: of keys and values, Half or int8_t.
+template <typename T>
 struct Call {
-    const Half *q, *k, *v;
+    const Half* q;
+    const T *k, *v;
+    const Half *k_scale, *v_scale;  // of 8 bits
     Half* out;
     int64_t heads, group, row_stride, head_stride, window;  // heads: of keys and values; strides: of the cache
     float scale;
@@ -42,7 +48,7 @@ struct Work {
     alignas(64) Half query[MOST / SIDE][DIM / 2][SIDE][2];  // sixteen queries: pairs of dimensions
     alignas(64) float out[MOST / SIDE][DIM][SIDE];  // what they have gathered, before it is divided by `total`
     alignas(64) float most[MOST], total[MOST];
-    alignas(64) Half last[2][KEYS][DIM];  // keys and values where the row ends among them
+    alignas(64) Half block[2][KEYS][DIM];  // keys and values, where they are not taken as they lie
     alignas(64) Half value[DIM][KEYS];
     alignas(64) float score[KEYS][QUERIES];
     alignas(64) Half weight[QUERIES / SIDE][KEYS / 2][SIDE][2];  // pairs of keys
@@ -51,8 +57,8 @@ struct Work {
 };
 
 // Lays out the block's queries; zeros behind them.
-template <int DIM>
-void take(const Call& call, const Block& block, Work<DIM>& work) {
+template <typename T, int DIM>
+void take(const Call<T>& call, const Block& block, Work<DIM>& work) {
     const int64_t queries = block.count * call.group, size = call.heads * call.group * DIM;
     for (int64_t first = 0; first < queries; first += SIDE) {
         Half lines[SIDE][DIM] = {};
@@ -119,8 +125,8 @@ struct Sight {
 };
 
 // The scores of `count` keys become weights, and what the queries have gathered so far shrinks to the new maximum.
-template <int DIM>
-void weigh(const Call& call, int half, int32_t start, int64_t count, const Sight* sight, float* most, float* total,
+template <typename T, int DIM>
+void weigh(const Call<T>& call, int half, int32_t start, int64_t count, const Sight* sight, float* most, float* total,
            float* gathered, Work<DIM>& work) {
     float* column = &work.score[0][half * SIDE];
     const Lanes before = load(most);
@@ -177,8 +183,8 @@ void gather(float (*out)[DIM][SIDE], int64_t count, Work<DIM>& work) {
 }
 
 // What the queries have gathered, over the sum of their weights.
-template <int DIM>
-void give(const Call& call, const Block& block, Work<DIM>& work) {
+template <typename T, int DIM>
+void give(const Call<T>& call, const Block& block, Work<DIM>& work) {
     const int64_t queries = block.count * call.group, size = call.heads * call.group * DIM;
     for (int64_t first = 0; first < queries; first += SIDE)
         for (int d = 0; d < DIM; d += SIDE) {
@@ -192,22 +198,40 @@ void give(const Call& call, const Block& block, Work<DIM>& work) {
         }
 }
 
-// A block's queries against the keys that they see, KEYS at a time.
+// `count` keys or values, with zeros behind them: the cache may end there, and what lies behind the row may be NaN.
 template <int DIM>
-void attend(const Call& call, const Block& block, Work<DIM>& work) {
+const Half* whole(const Half* from, const Half*, int64_t count, Half (*block)[DIM]) {
+    if (count == KEYS) return from;
+    std::memset(block, 0, KEYS * sizeof *block);
+    std::memcpy(block, from, count * sizeof *block);
+    return block[0];
+}
+
+template <int DIM>
+const Half* whole(const int8_t* from, const Half* scales, int64_t count, Half (*block)[DIM]) {
+    for (int64_t t = 0; t < count; t++)
+        for (int d = 0; d < DIM; d += 2 * SIDE) {
+            Lanes first, second;
+            load(from + t * DIM + d, first, second);
+            const Halves found[2] = {narrow(first * widen(scales[t])), narrow(second * widen(scales[t]))};
+            std::memcpy(block[t] + d, found, sizeof found);
+        }
+    std::memset(block + count, 0, (KEYS - count) * sizeof *block);
+    return block[0];
+}
+
+// A block's queries against the keys that they see, KEYS at a time.
+template <typename T, int DIM>
+void attend(const Call<T>& call, const Block& block, Work<DIM>& work) {
     take(call, block, work);
     const int64_t end = block.at + block.count, queries = block.count * call.group;
     const int64_t held = block.row * call.row_stride + block.head * call.head_stride;
     const int64_t least = std::max<int64_t>(0, block.at + 1 - call.window) / KEYS * KEYS;
     for (int64_t start = least; start < end; start += KEYS) {
         const int64_t count = std::min<int64_t>(KEYS, end - start);
-        const Half *keys = call.k + held + start * DIM, *values = call.v + held + start * DIM;
-        if (count < KEYS) {  // the cache may end here, and what lies behind the row may be NaN
-            std::memset(work.last, 0, sizeof work.last);
-            std::memcpy(work.last[0], keys, count * DIM * sizeof(Half));
-            std::memcpy(work.last[1], values, count * DIM * sizeof(Half));
-            keys = work.last[0][0], values = work.last[1][0];
-        }
+        const int64_t at = held + start * DIM;
+        const Half* keys = whole<DIM>(call.k + at, call.k_scale + at / DIM, count, work.block[0]);
+        const Half* values = whole<DIM>(call.v + at, call.v_scale + at / DIM, count, work.block[1]);
         turn(values, count, work);
         for (int64_t first = 0; first < queries; first += QUERIES) {
             const int64_t from = block.at + first / call.group;  // the positions of these queries
@@ -233,8 +257,8 @@ void attend(const Call& call, const Block& block, Work<DIM>& work) {
 }
 
 // where [4, rows]: the rows, their first tokens' places in the call, how many they feed, and how many they then hold.
-template <int DIM>
-bool all(const Call& call, const int64_t* where, int64_t rows) {
+template <int DIM, typename T>
+bool all(const Call<T>& call, const int64_t* where, int64_t rows) {
     const int64_t tokens = std::min(TOKENS, MOST / call.group);
     int64_t blocks = 0;
     for (int64_t r = 0; r < rows; r++) blocks += (where[2 * rows + r] + tokens - 1) / tokens;
@@ -262,20 +286,32 @@ bool all(const Call& call, const int64_t* where, int64_t rows) {
     return enough;
 }
 
-}  // namespace
-#endif
-
-// q and out [N, heads * group, dim]; k and v as they lie in the cache. False: there is no memory, or no such kernel.
-extern "C" bool prefill(const Half* q, const Half* k, const Half* v, Half* out, const int64_t* where, int64_t rows,
-                        int64_t heads, int64_t group, int64_t dim, int64_t row_stride, int64_t head_stride, int64_t window,
-                        float scale) {
-#ifdef LLAMA_INFER_TILES
-    const Call call{q, k, v, out, heads, group, row_stride, head_stride, window, scale};
+template <typename T>
+bool all(const Call<T>& call, const int64_t* where, int64_t rows, int64_t dim) {
     if (dim == 32) return all<32>(call, where, rows);
     if (dim == 64) return all<64>(call, where, rows);
     if (dim == 96) return all<96>(call, where, rows);
     if (dim == 128) return all<128>(call, where, rows);
     if (dim == 256) return all<256>(call, where, rows);
+    return false;
+}
+
+}  // namespace
+#endif
+
+// q and out [N, heads * group, dim]; k and v as they lie in the cache, with scales where they are of 8 bits, one where there
+// are dim of the numbers. False: there is no memory, or no such kernel.
+extern "C" bool prefill(const Half* q, const void* k, const void* v, const Half* k_scale, const Half* v_scale, Half* out,
+                        const int64_t* where, int64_t rows, int64_t heads, int64_t group, int64_t dim, int64_t row_stride,
+                        int64_t head_stride, int64_t window, float scale) {
+#ifdef LLAMA_INFER_TILES
+    const auto of = [&](auto number) {
+        using T = decltype(number);
+        const Call<T> call{q,   (const T*)k, (const T*)v, k_scale,     v_scale, out,
+                           heads, group,     row_stride,  head_stride, window,  scale};
+        return all(call, where, rows, dim);
+    };
+    return k_scale ? of(int8_t()) : of(Half());
 #endif
     return false;
 }

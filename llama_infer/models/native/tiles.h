@@ -31,13 +31,15 @@ inline bool have_tiles() {
 // they read memory, and it might write later, or not at all.
 inline void written() { __asm__ volatile("" ::: "memory"); }
 
-// A thread's tiles, 16 lines of so many bytes each; in the end as they were, for oneDNN keeps its own from call to call.
+// A thread's tiles, of 16 lines, or so many, of so many bytes each; in the end as they were, for oneDNN keeps its own from
+// call to call.
 class Tiles {
   public:
     Tiles() : Tiles({64, 64, 64, 64, 64, 64, 64, 64}) {}
-    explicit Tiles(const uint16_t (&bytes)[8]) {
+    explicit Tiles(const uint16_t (&bytes)[8], const uint8_t (&lines)[8] = {16, 16, 16, 16, 16, 16, 16, 16}) {
         Shapes shapes;
         std::copy_n(bytes, 8, shapes.bytes);
+        std::copy_n(lines, 8, shapes.lines);
         written();
         _tile_storeconfig(before_);
         _tile_loadconfig(&shapes);
@@ -51,7 +53,7 @@ class Tiles {
     struct alignas(64) Shapes {
         uint8_t palette = 1, start = 0, reserved[14] = {};
         uint16_t bytes[16] = {};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        uint8_t lines[16] = {};
     };
 
     alignas(64) char before_[64];
