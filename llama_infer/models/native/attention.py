@@ -38,8 +38,8 @@ def kernel(query: Tensor, key: Tensor, value: Tensor) -> Callable[..., None] | N
     if type(key) is not type(value) or not all(_in_step(t) for t in (key, value)):
         return None
     by_tiles = key.dtype == torch.bfloat16 and key.shape[3] in _TILED and tiled.available()
-    name = f"{_TYPES[key.dtype]}{'_int8' if isinstance(key, Encoded) else ''}_{key.shape[3]}"
-    run: Callable[..., None] | None = function(_DECODE if by_tiles else _ANY, name, _ONE)
+    place = (_DECODE if by_tiles else _ANY) + ("_int8" if isinstance(key, Encoded) else "")
+    run: Callable[..., None] | None = function(place, f"{_TYPES[key.dtype]}_{key.shape[3]}", _ONE)
     return run
 
 
