@@ -144,6 +144,16 @@ def test_a_row_gives_the_same_alone_and_among_others(eight_bits, group):
         assert torch.equal(attend(alone, q[row : row + 1], k[row : row + 1], v[row : row + 1])[0], found[row])
 
 
+@compiled
+def test_scales_that_do_not_lie_as_their_numbers_do_are_left():
+    q = torch.randn(1, 2, 3, 16)
+    keys, values = (Encoded(*encode_plainly(torch.randn(3, 2, 10, 16))) for _ in range(2))
+    assert native.kernel(q, keys, values) is not None
+    apart = Encoded(keys.steps, keys.scale.transpose(1, 2).contiguous().transpose(1, 2))
+    for pair in ((apart, values), (keys, apart), (keys, values.decode()), (keys.decode(), values)):
+        assert native.kernel(q, *pair) is None
+
+
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """A cache folder with nothing in it, and nothing compiled yet."""
