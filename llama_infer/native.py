@@ -59,9 +59,9 @@ def library(name: str, exact: bool = False) -> Any:
         return None
 
 
-def function(name: str, function: str, arguments: Sequence[Any], returns: Any = None) -> Any:
-    """One function of ``name``.cpp, whose types are declared at the first call; None where it cannot be had."""
-    found = getattr(library(name), function, None)
+def function(name: str, function: str, arguments: Sequence[Any], returns: Any = None, exact: bool = False) -> Any:
+    """One function of a :func:`library`, whose types are declared at the first call; None where it cannot be had."""
+    found = getattr(library(name, exact), function, None)
     if found is not None and found.argtypes is None:
         found.restype = returns
         found.argtypes = tuple(arguments)  # the last, because it tells other threads that both are there

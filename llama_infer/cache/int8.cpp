@@ -9,10 +9,6 @@ namespace {
 
 constexpr int64_t ALONE = 1 << 14;  // numbers that are not worth a second thread
 
-inline float widen(float x) { return x; }
-inline void narrow(float x, float& to) { to = x; }
-inline void narrow(float x, Half& to) { to = narrow(x); }
-
 template <typename T>
 void encode(const T* from, int8_t* steps, T* scales, int64_t tokens, int64_t heads, int64_t dim, int64_t token_stride,
             int64_t head_stride) {

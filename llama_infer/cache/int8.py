@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..encoded import Encoded
-from ..native import library
+from ..native import function
 from .slots import SlotCache, SlotLayer
 
 _TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -43,11 +43,10 @@ class _Int8Layer(SlotLayer):
 
 def encode(states: Tensor) -> tuple[Tensor, Tensor]:
     """[N, heads, d] -> steps, int8 [N, heads, d], and a scale [N, heads, 1]. What is not finite makes its scale so."""
-    kernels = library("cache/int8", exact=True) if states.is_cpu and states.dtype in _TYPES else None
-    if kernels is None or states.stride(2) != 1:
+    taken = states.is_cpu and states.dtype in _TYPES and states.stride(2) == 1
+    run = function("cache/int8", _TYPES[states.dtype], _ARGUMENTS, exact=True) if taken else None
+    if run is None:
         return encode_plainly(states)
-    run = getattr(kernels, _TYPES[states.dtype])
-    run.argtypes, run.restype = _ARGUMENTS, None
     steps = torch.empty(states.shape, dtype=torch.int8)
     scale = states.new_empty(*states.shape[:2], 1)
     run(states.data_ptr(), steps.data_ptr(), scale.data_ptr(), *states.shape, *states.stride()[:2])

@@ -25,13 +25,9 @@ struct BFloat16 {
     uint16_t bits;
 };
 
-inline float widen(float x) { return x; }
-
 inline float widen(BFloat16 x) { return widen(x.bits); }
 
 inline float widen(int8_t x) { return x; }
-
-inline void narrow(float x, float& to) { to = x; }
 
 inline void narrow(float x, BFloat16& to) { to.bits = narrow(x); }
 

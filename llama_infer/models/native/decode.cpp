@@ -12,7 +12,8 @@ float lay(const Half* q, int64_t h, Work<Half, DIM, HEADS>& work) {
     return 1;
 }
 
-// The products of sixteen keys, or twice as many: tiles 0 and 1, 16 keys times HEADS, of 2, which is queries, and 3 and 4, keys.
+// The products of sixteen keys, or twice as many: tiles 0 and 1, 16 keys times HEADS, of 2, which is queries, and 3 and 4,
+// keys.
 template <int DIM, int HEADS, typename Line>
 void multiply(const Line& line, int64_t t, bool both, Work<Half, DIM, HEADS>& work) {
     _tile_zero(0);

@@ -1,6 +1,6 @@
-// Attention of single new tokens by tiles, on keys and values in 8 bits. They are read as they lie, and multiplied as integers:
-// queries and weights are two such parts each, 128 * the first + the second. Scales multiply scores and weights, of which
-// there are few.
+// Attention of single new tokens by tiles, on keys and values in 8 bits. They are read as they lie, and multiplied as
+// integers: queries and weights are two such parts each, 128 * the first + the second. Scales multiply scores and weights,
+// of which there are few.
 
 #include "decode.h"
 

@@ -23,18 +23,14 @@ inline void turn(const Half* x, const Half* cos, const Half* sin, Half* y, int64
     }
 }
 
-// x / (1 + e^-x), the power within 4e-6 of it: its whole part is an exponent, the rest a polynomial's.
+// x / (1 + e^-x), the power by its whole part, which is an exponent, and the rest.
 inline Lanes silu(Lanes x) {
     Lanes t = x * -1.44269504f;
     t = t < 128.f ? t : Lanes{} + 128.f;  // infinity
     t = t > -126.f ? t : Lanes{} - 126.f;
     const Places exponent = __builtin_convertvector(t + 127.5f, Places);
     const Lanes rest = t - __builtin_convertvector(exponent - 127, Lanes);
-    Lanes sum = rest * 9.676037e-3f + 5.5922036e-2f;
-    sum = sum * rest + 2.4022107e-1f;
-    sum = sum * rest + 6.9312103e-1f;
-    sum = sum * rest + 1.f;
-    return x / (sum * (Lanes)(exponent << 23) + 1.f);
+    return x / (part_of_power(rest) * (Lanes)(exponent << 23) + 1.f);
 }
 
 // SiLU of a gate times x, in the upper half of each, both rounded; what is in the lower half does not count.
