@@ -37,15 +37,16 @@ def definition(form, tensors, x):
     """Integers of each span, multiplied exactly, then scaled, in float64."""
     width = x.shape[1]
     x = F.pad(x.float(), (0, -width % SPAN)).unflatten(1, (-1, SPAN))
-    largest = x.abs().amax(-1, keepdim=True)
-    up = torch.full_like(largest, 127) / largest  # not 127 / largest, which multiplies by a rounded inverse
-    numbers = torch.where(largest > 0, x * up, 0).round().double()
+    above, below = x.amax(-1, keepdim=True), x.amin(-1, keepdim=True)
+    furthest = torch.where(above >= -below, above, below)
+    up = torch.full_like(furthest, -128) / furthest  # not -128 / furthest, which multiplies by a rounded inverse
+    numbers = torch.where(furthest == 0, 0, x * up).round().clamp_max(127).double()
     weight = F.pad(form.dequantise(tensors).double(), (0, -width % SPAN)).unflatten(1, (-1, SPAN))
     scale = tensors["scale"].double()[..., None]
     whole = (weight / scale).round()
     assert (whole * scale - weight).abs().max() <= 1e-5 * weight.abs().max() and whole.abs().max() <= 128
     sums = torch.einsum("ngk,mgk->nmg", numbers, whole)
-    return (sums * (largest / 127).double().squeeze(-1)[:, None] * scale.squeeze(-1)).sum(-1)
+    return (sums * (furthest / -128).double().squeeze(-1)[:, None] * scale.squeeze(-1)).sum(-1)
 
 
 @compiled

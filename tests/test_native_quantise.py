@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_infer.models.int4 import Int4, quantise_plainly
+from llama_infer.models.native.integer import SPAN
 from llama_infer.models.native.quantise import quantise
 from llama_infer.native import library
 
@@ -55,9 +56,9 @@ def test_equal_weights_and_ties(group_size):
 @pytest.mark.parametrize("function", [pytest.param(quantise, marks=compiled), quantise_plainly])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_is_seen(function, bad):
-    weight = random(5, 384)
+    weight = random(5, 640)
     clean = function(weight, 64)
-    weight[3, 200] = bad
+    weight[3, 300] = bad
     scale = function(weight, 64)["scale"]
     assert scale.isnan().nonzero().tolist() == [[3, 1]]
     assert torch.equal(scale[:3], clean["scale"][:3]) and torch.equal(scale[:, 2], clean["scale"][:, 2])
@@ -65,8 +66,8 @@ def test_what_is_not_finite_is_seen(function, bad):
 
 @pytest.mark.parametrize("function", [pytest.param(quantise, marks=compiled), quantise_plainly])
 def test_a_span_that_float32_does_not_hold_is_seen(function):
-    weight = random(5, 384)
-    weight[3, 200:202] = torch.tensor([3e38, -3e38])
+    weight = random(5, 640)
+    weight[3, 300:302] = torch.tensor([3e38, -3e38])
     assert function(weight, 64)["scale"].isnan().nonzero().tolist() == [[3, 1]]
 
 
@@ -86,7 +87,7 @@ def test_weights_far_from_zero_and_alone():
 
 def least_error(weight, group_size):
     """By brute force: every multiplier and offset under 25 scales, for a widest multiplier of 10 to 16."""
-    groups = weight.view(len(weight), -1, 128 // group_size, group_size)
+    groups = weight.view(len(weight), -1, SPAN // group_size, group_size)
     widest = (groups.amax(-1) - groups.amin(-1)).amax(-1)
     best = torch.full_like(widest, torch.inf)
     for most in torch.arange(10, 16.01, 0.25):

@@ -107,7 +107,7 @@ def test_unknown_names(folder):
 def test_settings_that_make_no_policy(folder, settings):
     edit_json(
         folder / "config.json",
-        quantization_config={"quant_method": "llama_infer", "version": 2, "policy": "int8", "settings": settings},
+        quantization_config={"quant_method": "llama_infer", "version": 3, "policy": "int8", "settings": settings},
     )
     with pytest.raises(LoadingError, match="quantization_config is damaged"):
         load(folder)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ParameterError, UnsupportedError
 from .int8 import in_spans
-from .native.integer import SPAN, kernel, linear, pack, unpack
+from .native.integer import PART, SPAN, kernel, linear, pack, unpack
 from .native.quantise import quantise
 from .quantised import QuantisedLinear, Tensors, blockwise, quantise_layers
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GROUPS = (32, 64, 128)
-_MOST = (11, 12, 13, 14, 15)
+_MOST = (10, 11, 12, 13, 14, 15)
 """Multipliers that are tried for the widest group of a span: the larger, the finer its offset and the fewer choices."""
 _LESS = (0, 1)
 """Under each, of every group the multiplier that spans it, and one less: its ends are rare, and its middle gains."""
@@ -35,7 +35,7 @@ _BLOCK = 64
 class Int4:
     """``"int4"``: 4-bit weights with 8-bit activations, the head and a tied embedding included.
 
-    The fastest for one sequence, and the smallest. Every 128 inputs of an output share a scale; each group of them has
+    The fastest for one sequence, and the smallest. Every 256 inputs of an output share a scale; each group of them has
     a multiplier and an offset of 4 bits, so that its weights are 8-bit numbers of which 16 are used. Activations are
     quantised as those of ``"int8"`` are, and a token's result does not depend on its neighbours either. Where the
     kernel cannot be had, torch's serves: with whole activations, and slow for more than about 8 rows.
@@ -113,9 +113,8 @@ class Int4Linear(QuantisedLinear):
     def __init__(self, form: Int4, tensors: Tensors, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(form, (len(tensors["int4"]), 2 * tensors["int4"].shape[1]), bias, dtype)
         self._name = f"int4_{form.group_size}"
-        columns = SPAN // form.group_size
-        self._parts = ((torch.uint8, SPAN // 2, 4), (torch.uint8, columns, 1), (torch.bfloat16, 1, 1))
-        self._packed = pack([tensors[name] for name in _NAMES], self._parts, tensors["scale"].shape[1])
+        self._parts = ((torch.uint8, PART // 2, 4), (torch.uint8, PART // form.group_size, 1))
+        self._packed = pack([tensors["int4"], tensors["groups"]], tensors["scale"], self._parts, self.in_features)
 
     def tensors(self) -> Tensors:
         """The weights, out of the kernel's layout, and what scales them."""

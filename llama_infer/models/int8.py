@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from .native.integer import SPAN, kernel, linear, pack, unpack
+from .native.integer import PART, SPAN, kernel, linear, pack, unpack
 from .quantised import QuantisedLinear, Tensors, quantise_layers
 
 if TYPE_CHECKING:
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 _MIDDLE = 128
 """The byte that stands for an activation of zero: torch multiplies unsigned activations with signed weights."""
-_PARTS = ((torch.int8, SPAN, 4), (torch.bfloat16, 1, 1))
+_PARTS = ((torch.int8, PART, 4),)
 _TINY = torch.finfo(torch.bfloat16).tiny
 _AT_A_TIME = 32
 """Rows of which torch's sums stay in the processor's cache."""
 
 
 class Int8:
-    """``"int8"``: 8-bit weights with a scale for every 128 inputs, the head and a tied embedding included.
+    """``"int8"``: 8-bit weights with a scale for every 256 inputs, the head and a tied embedding included.
 
     Args:
         activations: whether activations are quantised too, on the fly, each token's with scales of their own. The
@@ -63,11 +63,11 @@ class Int8:
         return weight.dtype.is_floating_point and weight.device.type == "cpu"
 
     def quantise(self, weight: Tensor) -> Tensors:
-        """float32 [n, in] -> int8 [n, in], whose largest is 127, and bfloat16 scales [n, spans]."""
+        """float32 [n, in] -> int8 [n, in], whose furthest from 0 is -128, and bfloat16 scales [n, spans]."""
         width = weight.shape[1]
         parts = in_spans(weight, SPAN if self.activations else width)
-        scale = (parts.abs().amax(-1) / 127).clamp_min_(_TINY).bfloat16()
-        numbers = (parts / scale.unsqueeze(-1).float()).round_().clamp_(-127, 127)
+        scale = _steps(parts, _TINY).bfloat16()
+        numbers = (parts / scale.unsqueeze(-1).float()).round_().clamp_(-128, 127)
         return {"int8": numbers.to(torch.int8).flatten(1)[:, :width], "scale": scale}
 
     def dequantise(self, tensors: Tensors) -> Tensor:
@@ -97,7 +97,7 @@ class Int8Linear(QuantisedLinear):
 
     def __init__(self, form: Int8, tensors: Tensors, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(form, tensors["int8"].shape, bias, dtype)
-        self._packed = pack([tensors["int8"], tensors["scale"]], _PARTS, tensors["scale"].shape[1])
+        self._packed = pack([tensors["int8"]], tensors["scale"], _PARTS, self.in_features)
 
     def tensors(self) -> Tensors:
         """The weights, out of the kernel's layout, and their scales."""
@@ -132,8 +132,9 @@ class Int8TorchLinear(QuantisedLinear):
 
     def _rows(self, x: Tensor) -> Tensor:
         parts = in_spans(x, SPAN)
-        step = (parts.abs().amax(-1) / 127).clamp_min_(torch.finfo(torch.float32).tiny)
-        rounded = (parts / step.unsqueeze(-1)).round_().add_(_MIDDLE).to(torch.uint8).flatten(1)[:, : self.in_features]
+        step = _steps(parts, torch.finfo(torch.float32).tiny)
+        rounded = (parts / step.unsqueeze(-1)).round_().clamp_max_(127).add_(_MIDDLE)
+        rounded = rounded.to(torch.uint8).flatten(1)[:, : self.in_features]
         y = x.new_zeros(len(x), self.out_features)
         for i, part in enumerate(rounded.split(SPAN, 1)):
             product = torch.ops.onednn.qlinear_pointwise(
@@ -163,6 +164,13 @@ class Int8WeightLinear(QuantisedLinear):
         rows = x.reshape(-1, self.in_features).contiguous()
         y = torch._weight_int8pack_mm(rows, self._int8, self._rounded).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+
+def _steps(spans: Tensor, least: float) -> Tensor:
+    """[n, spans, span] -> [n, spans]: what makes -128 of the number furthest from 0, below 0 where that is above."""
+    above, below = spans.amax(-1), spans.amin(-1)
+    step = torch.where(above >= -below, above, below) / -128
+    return torch.where(step.abs() < least, least, step)
 
 
 def in_spans(rows: Tensor, span: int) -> Tensor:

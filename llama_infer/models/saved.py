@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 METHOD = "llama_infer"
 """What config.json calls the quantization of a model that :func:`save_quantised` wrote."""
-_VERSION = 2
-"""Of what the policies write; the first had one scale for every output in 8 bits, and two numbers a group in 4."""
+_VERSION = 3
+"""Of what the policies write; the first had one scale for every output in 8 bits, and two numbers a group in 4;
+the second one scale for 128 inputs."""
 
 
 def save_quantised(model: PreTrainedModel, folder: Path) -> None:

@@ -1,11 +1,14 @@
 // Linear layers with weights of 8 or 4 bits, times activations of 8 bits: sums of integers, which are exact, so that a
-// token gets the same numbers alone and in any batch. Every 128 inputs have scales of their own, on both sides.
+// token gets the same numbers alone and in any batch. Every 256 inputs have scales of their own, on both sides.
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
 #include "integer.h"
 #include "scratch.h"
 #include "tiles.h"
+#include "turns.h"
+
+#include <omp.h>
 
 #include <optional>
 
@@ -14,127 +17,139 @@ namespace {
 constexpr int64_t HALF = 1 << 20;   // bytes: of a usual L2 cache
 constexpr int64_t LARGE = 1 << 18;  // outputs that do not stay in the caches
 constexpr int64_t MANY = 512, WAITING = 1 << 15;  // rows at a time; outputs whose totals may wait: 64 MB of 512 rows
+constexpr int64_t PASS = 64;  // rows whose numbers of a span and totals stay in the first cache
+
+// A block's weights of some spans.
+struct Weights {
+    const uint8_t* at;
+    int64_t records;
+
+    int64_t of(int64_t span) const { return std::min<int64_t>(2, records - 2 * span); }
+};
+
+// Totals of a block for some rows: 16 outputs of all of them, then the next 16.
+struct Totals {
+    float* at;
+    int64_t rows;
+
+    float* of(int quad, int64_t row) const { return at + (quad * rows + row) * 16; }
+};
 
 // One block for a few rows.
 template <typename F, int ROWS>
-void few(const Tokens& tokens, int64_t row, const uint8_t* block, float (*total)[BLOCK]) {
+void few(const Tokens& tokens, int64_t row, const Weights& block, const Totals& total) {
     for (int64_t span = 0; span < tokens.spans; span++) {
-        const int8_t* x[ROWS];
-        const int32_t* sum[ROWS];
-        for (int r = 0; r < ROWS; r++) {
-            x[r] = tokens.tiles(row + r) + span * 2048;
-            sum[r] = tokens.sums + ((row + r) * tokens.spans + span) * 4;
-        }
-        const uint8_t* record = block + span * F::RECORD;
-        for (int quad = 0; quad < 4; quad++) {
-            __m512i found[ROWS];
-            F::template sums<ROWS>(record, quad, x, sum, found);
-            const __m512 scale = scales<F>(record, quad);
+        const uint8_t* record = block.at + 2 * span * F::RECORD;
+        __m512i found[4][ROWS] = {};
+        for (int part = 0; part < block.of(span); part++) {
+            const int8_t* x[ROWS];
+            const int32_t* sum[ROWS];
             for (int r = 0; r < ROWS; r++) {
-                float* to = total[r] + 16 * quad;
-                const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(found[r]), scale);
-                const __m512 step = _mm512_set1_ps(tokens.scale[(row + r) * tokens.spans + span]);
-                _mm512_store_ps(to, _mm512_fmadd_ps(part, step, _mm512_load_ps(to)));
+                x[r] = tokens.tiles(row + r, span) + part * (PART / 64) * 1024;
+                sum[r] = tokens.sums_of(row + r, span) + part * (PART / 32);
             }
+            for (int quad = 0; quad < 4; quad++)
+                F::template add<ROWS>(record + part * F::RECORD, quad, x, sum, found[quad]);
+        }
+        for (int quad = 0; quad < 4; quad++) {
+            const __m512 scale = scales<F>(record, quad);
+            const float* step = tokens.scale + span * tokens.whole + row;
+            for (int r = 0; r < ROWS; r++) add_scaled(found[quad][r], scale, step[r], total.of(quad, r));
         }
     }
 }
 
 #ifdef LLAMA_INFER_TILES
-// Sums of 16 tokens by 16 outputs, four times: two of tokens by two of outputs.
-struct alignas(64) Sums {
-    int32_t of[4][16][16];
+// What a span gives to 16 outputs of up to 16 rows, to be scaled and added to their totals.
+struct Part {
+    const int32_t (*sum)[16];
+    __m512 scale;
+    const float* step;
+    float* total;
+    int64_t rows = 0;
 };
 
-// Adds a span's share of 32 outputs to the totals of up to 16 rows, and asks for so many bytes with each of them.
-template <bool ASKS>
-inline void add(const Sums& sums, int tile, const __m512* scale, const float* step, int64_t spans, int rows,
-                float* total, const uint8_t* asked, int64_t each) {
-    const int32_t(*sum)[16] = sums.of[2 * tile];
+// Weights that are asked for ahead of their use, so many bytes at a time.
+struct Asked {
+    const uint8_t *next, *end;
+
+    void more(int64_t bytes) {
+        for (end += bytes; next < end; next += 64) _mm_prefetch(next, _MM_HINT_T1);
+    }
+};
+
+// STEADY: with every row a line or two are asked for, `each` bytes.
+template <bool STEADY>
+inline void add(const Part& part, Asked& asked, int64_t each) {
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; r++, total += BLOCK, step += spans) {
-        if (ASKS) {
-            _mm_prefetch(asked, _MM_HINT_T1);
-            if (each > 64) _mm_prefetch(asked + 64, _MM_HINT_T1);
-            asked += each;
+    for (int64_t r = 0; r < part.rows; r++) {
+        if (STEADY) {
+            _mm_prefetch(asked.next, _MM_HINT_T1);
+            if (each > 64) _mm_prefetch(asked.next + 64, _MM_HINT_T1);
+            asked.next += each;
         }
-        const __m512 by = _mm512_set1_ps(*step);
-        const __m512 a = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sum[r])), scale[0]);
-        const __m512 b = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sum[r + 16])), scale[1]);
-        _mm512_store_ps(total, _mm512_fmadd_ps(a, by, _mm512_load_ps(total)));
-        _mm512_store_ps(total + 16, _mm512_fmadd_ps(b, by, _mm512_load_ps(total + 16)));
+        add_scaled(_mm512_load_si512(part.sum[r]), part.scale, part.step[r], part.total + 16 * r);
     }
 }
 
-// One block for up to 32 rows. What was multiplied is scaled while the next tiles are multiplied, a half in turn. Of the
-// weights that come next a part is asked for: where there is little else to do, a line or two with every row, since a core
-// waits for few lines at a time, and more of them would be in the way of the tiles.
+// One block for some rows. The weights of 16 outputs stay in four tiles while a span of 16 rows after the other passes by;
+// what was multiplied is scaled while the next is. Of the weights that come next a part is asked for: where there is little
+// else to do, a line or two with every row, since a core waits for few lines at a time, and more of them would be in
+// the way of the tiles.
 template <typename F, bool STEADY>
-void tiles(const Tokens& tokens, int64_t row, const uint8_t* block, const uint8_t* next, int8_t* panel,
-           float (*total)[BLOCK]) {
-    const int64_t spans = tokens.spans, passes = (tokens.rows + 31) / 32;
-    const int rows = int(std::min<int64_t>(32, tokens.rows - row));
-    const uint8_t* asked = STEADY ? block + AHEAD : next + row / 32 * spans * F::RECORD / passes / 64 * 64;
-    const uint8_t* enough = asked;
-    const int64_t each = F::RECORD / 2 / rows / 64 * 64;  // line by line, the rest between the units
-    Sums sums[2];
-    __m512 scale[2];
-    for (int64_t unit = 0; unit <= 2 * spans; unit++) {  // 32 outputs of a span, and the scaling of those before
-        const int64_t span = unit / 2, before = (unit - 1) / 2;
-        const int pair = unit % 2 * 2, other = 2 - pair;
-        const bool more = unit < 2 * spans;
-        const uint8_t* record = block + span * F::RECORD;
-        const float* step = tokens.scale + row * spans + before;
-        if (more) {
-            if (pair == 0 && row == 0) F::expand(record, panel + span * BLOCK * SPAN);
+void tiles(const Tokens& tokens, int64_t row, const Weights& block, const uint8_t* next, int8_t* panel,
+           const Totals& total) {
+    const int64_t spans = tokens.spans, rows = total.rows, groups = (rows + 15) / 16, all = tokens.whole / 16;
+    const int64_t share = F::RECORD / 2 / (STEADY ? groups : all);  // of the bytes, for 16 outputs of 16 rows
+    const int64_t each = STEADY ? share / std::min<int64_t>(rows, 16) / 64 * 64 : 0;
+    const uint8_t* first = STEADY ? block.at + AHEAD : next + row / 16 * (2 * spans * F::RECORD / all) / 64 * 64;
+    Asked asked = {first, first};
+    alignas(64) int32_t sums[2][16][16];
+    Part part;
+    int turn = 0;
+    for (int64_t unit = 0; unit < 4 * spans; unit++) {
+        const int64_t span = unit / 4;
+        const int quad = unit % 4;
+        const uint8_t* record = block.at + 2 * span * F::RECORD;
+        int8_t* expanded = panel ? panel + span * BLOCK * SPAN : nullptr;
+        if (panel && quad == 0 && row == 0)
+            for (int i = 0; i < block.of(span); i++) F::expand(record + i * F::RECORD, expanded + i * BLOCK * PART);
+        const int8_t* w = (panel ? expanded : (const int8_t*)record) + quad * 16 * PART;
+        // Where there is no second record the activations are 0, and any weights do.
+        const int8_t* more = w + (block.of(span) - 1) * (panel ? BLOCK * PART : F::RECORD);
+        written();
+        _tile_loadd(4, w, 64);
+        _tile_loadd(5, w + 1024, 64);
+        _tile_loadd(6, more, 64);
+        _tile_loadd(7, more + 1024, 64);
+        const int8_t* x = tokens.tiles(row, span);
+        for (int64_t g = 0; g < groups; g++, x += 16 * SPAN) {
+            written();
             _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-            if (!STEADY) enough += F::RECORD / 2 / passes;
-            for (; asked < enough; asked += 64) _mm_prefetch(asked, _MM_HINT_T1);
-            if (STEADY) enough += F::RECORD / 2;
-        }
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            if (more) {
-                const int8_t* x = tokens.tiles(row) + span * 2048 + half * 1024;
-                const int8_t* w = panel ? panel + span * BLOCK * SPAN : (const int8_t*)record;
-                w += pair * 2048 + half * 1024;
-                written();
-                _tile_loadd(4, x, 64);
-                _tile_loadd(6, w, 64);
-                _tile_loadd(7, w + 2048, 64);
-                _tile_dpbssd(0, 4, 6);
-                _tile_dpbssd(1, 4, 7);
-                if (rows > 16) {
-                    _tile_loadd(5, x + spans * 2048, 64);
-                    _tile_dpbssd(2, 5, 6);
-                    _tile_dpbssd(3, 5, 7);
-                }
-            }
-            if (unit > 0) {
-                const int these = std::min(rows - 16 * half, 16);
-                add<STEADY>(sums[other / 2], half, scale, step + 16 * half * spans, spans, these,
-                            total[16 * half] + 16 * other, asked, each);
-                if (STEADY && these > 0) asked += these * each;
-            }
-        }
-        if (more) {
-            Sums& to = sums[pair / 2];
-            _tile_stored(0, to.of[0], 64);
-            _tile_stored(1, to.of[1], 64);
-            _tile_stored(2, to.of[2], 64);
-            _tile_stored(3, to.of[3], 64);
-            scale[0] = scales<F>(record, pair), scale[1] = scales<F>(record, pair + 1);
+            _tile_loadd(1, x, 64);
+            _tile_dpbssd(0, 1, 4);
+            _tile_loadd(2, x + 1024, 64);
+            _tile_dpbssd(0, 2, 5);
+            _tile_loadd(1, x + 2048, 64);
+            _tile_dpbssd(0, 1, 6);
+            _tile_loadd(2, x + 3072, 64);
+            _tile_dpbssd(0, 2, 7);
+            asked.more(share);
+            add<STEADY>(part, asked, each);
+            _tile_stored(0, sums[turn], 64);
+            part = {sums[turn], scales<F>(record, quad), tokens.scale + span * tokens.whole + row + 16 * g,
+                    total.of(quad, 16 * g), std::min<int64_t>(16, rows - 16 * g)};
+            turn ^= 1;
         }
     }
+    written();
+    add<false>(part, asked, 0);
 }
 #endif
 
 // What comes of the totals of a block, row by row: whole lines, which is what writing past the caches asks for.
 template <bool PAST, typename T>
-void finish(const float (*total)[BLOCK], int64_t rows, int64_t first, int64_t outputs, const T* bias, T* y) {
+void finish(const Totals& total, int64_t first, int64_t outputs, const T* bias, T* y) {
     __m512 more[4];
     __mmask16 these[4];
     for (int quad = 0; quad < 4; quad++) {
@@ -143,10 +158,10 @@ void finish(const float (*total)[BLOCK], int64_t rows, int64_t first, int64_t ou
         more[quad] = bias ? load(bias + at, these[quad]) : _mm512_setzero_ps();
     }
     y += first;
-    for (int64_t r = 0; r < rows; r++, y += outputs)
+    for (int64_t r = 0; r < total.rows; r++, y += outputs)
 #pragma GCC unroll 4
         for (int quad = 0; quad < 4; quad++) {
-            const __m512 sum = _mm512_add_ps(_mm512_load_ps(total[r] + 16 * quad), more[quad]);
+            const __m512 sum = _mm512_add_ps(_mm512_load_ps(total.of(quad, r)), more[quad]);
             if (PAST)
                 stream(y + 16 * quad, sum);
             else
@@ -157,7 +172,7 @@ void finish(const float (*total)[BLOCK], int64_t rows, int64_t first, int64_t ou
 // What a thread needs for itself.
 template <typename F>
 struct Own {
-    alignas(64) float total[32][BLOCK];
+    alignas(64) float totals[PASS * BLOCK];
     int8_t* panel = nullptr;
     bool tiled = false;
 #ifdef LLAMA_INFER_TILES
@@ -166,7 +181,7 @@ struct Own {
     Own(int64_t rows, int64_t spans) {
         static thread_local Scratch memory;
         if (rows <= FEW || !have_tiles()) return;
-        const bool expands = F::QUAD < 16 * SPAN;
+        const bool expands = F::QUAD < 16 * PART;
         if (expands) panel = memory.at_least<int8_t>(spans * BLOCK * SPAN);
         tiled = panel || !expands;  // else the other way, to the same numbers
         if (tiled) shaped.emplace();
@@ -175,26 +190,29 @@ struct Own {
     Own(int64_t, int64_t) {}
 #endif
 
-    // Adds to the totals of the rows from `row` on, of a block for all tokens; how many rows that were.
-    int64_t add(const Tokens& tokens, int64_t row, const uint8_t* block, const uint8_t* next) {
-        const int64_t done = std::min<int64_t>(tiled ? 32 : FEW, tokens.rows - row);
+    // How many rows are added at a time, from this one on.
+    int64_t some(const Tokens& tokens, int64_t row) const {
+        return std::min<int64_t>(tiled ? PASS : FEW, tokens.rows - row);
+    }
+
+    // Adds to the totals of rows, from `row` on, what a block's weights give.
+    void add(const Tokens& tokens, int64_t row, const Weights& block, const uint8_t* next, const Totals& total) {
 #ifdef LLAMA_INFER_TILES
         if (tiled) {
-            (tokens.rows > 32 ? tiles<F, false> : tiles<F, true>)(tokens, row, block, next, panel, total);
-            return done;
+            const auto run = tokens.rows > 32 ? tiles<F, false> : tiles<F, true>;
+            return run(tokens, row, block, next, panel, total);
         }
 #endif
-        switch (done) {
-            case 1: few<F, 1>(tokens, row, block, total); break;
-            case 2: few<F, 2>(tokens, row, block, total); break;
-            case 3: few<F, 3>(tokens, row, block, total); break;
-            case 4: few<F, 4>(tokens, row, block, total); break;
-            case 5: few<F, 5>(tokens, row, block, total); break;
-            case 6: few<F, 6>(tokens, row, block, total); break;
-            case 7: few<F, 7>(tokens, row, block, total); break;
-            default: few<F, 8>(tokens, row, block, total);
+        switch (total.rows) {
+            case 1: return few<F, 1>(tokens, row, block, total);
+            case 2: return few<F, 2>(tokens, row, block, total);
+            case 3: return few<F, 3>(tokens, row, block, total);
+            case 4: return few<F, 4>(tokens, row, block, total);
+            case 5: return few<F, 5>(tokens, row, block, total);
+            case 6: return few<F, 6>(tokens, row, block, total);
+            case 7: return few<F, 7>(tokens, row, block, total);
+            default: return few<F, 8>(tokens, row, block, total);
         }
-        return done;
     }
 };
 
@@ -214,42 +232,40 @@ struct Shares {
 // y = x w + bias. x [rows, width] and y [rows, outputs] are dense. False where there is no memory.
 template <typename F, typename T>
 bool linear(const T* x, const uint8_t* weight, const T* bias, T* y, int64_t rows, int64_t width, int64_t outputs) {
-    const int64_t spans = (width + SPAN - 1) / SPAN, blocks = (outputs + BLOCK - 1) / BLOCK;
+    const int64_t spans = (width + SPAN - 1) / SPAN, records = (width + PART - 1) / PART;
+    const int64_t blocks = (outputs + BLOCK - 1) / BLOCK;
     const Shares most(rows, spans, outputs);
     const bool past = rows * outputs >= LARGE && outputs % BLOCK == 0 && (uintptr_t)y % 64 == 0;
     const auto end = past ? finish<true, T> : finish<false, T>;
     static thread_local Scratch memory, patience;
     for (int64_t begin = 0; begin < rows; begin += most.rows) {
-        const int64_t count = std::min(most.rows, rows - begin), held = most.spans < spans ? blocks * count : 0;
+        const int64_t count = std::min(most.rows, rows - begin), held = most.spans < spans ? blocks * count * BLOCK : 0;
         void* place = memory.at_least<char>(Tokens::bytes(count, most.spans));
-        auto* waiting = patience.at_least<float[BLOCK]>(held);
+        auto* waiting = patience.at_least<float>(held);
         if (!place || (held && !waiting)) return false;
         for (int64_t start = 0; start < spans; start += most.spans) {
             Tokens tokens(count, std::min(most.spans, spans - start), place);
             const T* inputs = x + begin * width + start * SPAN;
+            // A few rows are little work for a block: then several, which follow each other in memory.
+            Turns turns(blocks, count > 32 ? 1 : blocks / (8 * omp_get_max_threads()));
 #pragma omp parallel for if (count * width > 32768)
             for (int64_t row = 0; row < count; row++)
                 tokens.quantise(inputs + row * width, row, std::min(tokens.spans * SPAN, width - start * SPAN));
 #pragma omp parallel
             {
                 Own<F> own(count, tokens.spans);
-#pragma omp for schedule(static)
-                for (int64_t b = 0; b < blocks; b++) {
-                    const uint8_t* block = weight + (b * spans + start) * F::RECORD;
-                    for (int64_t row = 0, done; row < count; row += done) {
-                        float(*wait)[BLOCK] = held ? waiting + b * count + row : nullptr;
-                        const size_t size = std::min<int64_t>(32, count - row) * sizeof *wait;
-                        if (start == 0)
-                            std::memset(own.total, 0, size);
-                        else
-                            std::memcpy(own.total, wait, size);
-                        done = own.add(tokens, row, block, block + spans * F::RECORD);
+                const auto at = [&](int64_t b) { return weight + (b * records + 2 * start) * F::RECORD; };
+                const int64_t held_records = std::min(2 * tokens.spans, records - 2 * start);
+                turns.each([&](int64_t b, int64_t next) {
+                    for (int64_t row = 0, some; row < count; row += some) {
+                        some = own.some(tokens, row);
+                        const Totals total = {held ? waiting + (b * count + row) * BLOCK : own.totals, some};
+                        if (start == 0) std::memset(total.at, 0, some * BLOCK * sizeof(float));
+                        own.add(tokens, row, {at(b), held_records}, at(next < 0 ? b : next), total);
                         if (start + most.spans >= spans)
-                            end(own.total, done, b * BLOCK, outputs, bias, y + (begin + row) * outputs);
-                        else
-                            std::memcpy(wait, own.total, done * sizeof *wait);
+                            end(total, b * BLOCK, outputs, bias, y + (begin + row) * outputs);
                     }
-                }
+                });
                 _mm_sfence();  // what was written past the caches is there for all
             }
         }

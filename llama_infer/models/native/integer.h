@@ -2,7 +2,8 @@
 //
 // Weights come in blocks of 64 outputs; a block is a run of records of 128 inputs each. A record holds four quads of 16
 // outputs, then (4 bits) their groups, then 64 scales in bfloat16. A quad's lines of 64 bytes hold 4 inputs of 16
-// outputs in 8 bits; in 4 bits 8 inputs, the first 4 in the low halves of the bytes.
+// outputs in 8 bits; in 4 bits 8 inputs, the first 4 in the low halves of the bytes. Two records are a span, whose
+// scales are those of the first; the last record may be one.
 //
 // 4 bits: a group of 32, 64 or 128 inputs of an output has a byte that says which 8-bit numbers its 16 are:
 // (number - 8) * m + o, m = low half + 1, o = 4 * high half - 26.
@@ -12,13 +13,14 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
 namespace {
 
-constexpr int BLOCK = 64, SPAN = 128, LINES = SPAN / 4, FEW = 8;
+constexpr int BLOCK = 64, SPAN = 256, PART = 128, FEW = 8;  // outputs; inputs of a span, of a record; rows
 constexpr size_t AHEAD = 16384;  // bytes that are asked for before they are needed
 
 inline __m512 load(const float* from, __mmask16 these) { return _mm512_maskz_loadu_ps(these, from); }
@@ -43,55 +45,64 @@ inline void store(uint16_t* to, __mmask16 these, __m512 x) { _mm256_mask_storeu_
 inline void stream(float* to, __m512 x) { _mm512_stream_ps(to, x); }
 inline void stream(uint16_t* to, __m512 x) { _mm256_stream_si256((__m256i*)to, narrow(x)); }
 
-// Quantised activations: 16 tokens together, 64 inputs of one after 64 of the other, as AMX takes them.
+// Quantised activations: of a span 16 tokens together, 64 inputs of one after 64 of the other, as AMX takes them; then the
+// next 16 tokens.
 struct Tokens {
-    int64_t rows, spans;
+    int64_t rows, spans, whole;
     int8_t* numbers;
-    float* scale;   // [rows, spans]
-    int32_t* sums;  // [rows, 4 * spans]: of 32 inputs
+    float* scale;   // [spans, whole]
+    int32_t* sums;  // [rows, 8 * spans]: of 32 inputs
 
     static size_t bytes(int64_t rows, int64_t spans) {
-        return size_t((rows + 31) / 32 * 32) * spans * (SPAN + sizeof(float) + 4 * sizeof(int32_t));
+        return size_t((rows + 15) / 16 * 16) * spans * (SPAN + sizeof(float) + SPAN / 32 * sizeof(int32_t));
     }
 
-    Tokens(int64_t rows, int64_t spans, void* memory) : rows(rows), spans(spans), numbers((int8_t*)memory) {
-        const int64_t whole = (rows + 31) / 32 * 32;
+    Tokens(int64_t rows, int64_t spans, void* memory)
+        : rows(rows), spans(spans), whole((rows + 15) / 16 * 16), numbers((int8_t*)memory) {
         scale = (float*)(numbers + whole * spans * SPAN);
         sums = (int32_t*)(scale + whole * spans);
     }
 
-    int8_t* tiles(int64_t row) const { return numbers + row / 16 * 16 * spans * SPAN + row % 16 * 64; }
+    int8_t* tiles(int64_t row, int64_t span) const {
+        return numbers + (span * whole + row / 16 * 16) * SPAN + row % 16 * 64;
+    }
 
+    const int32_t* sums_of(int64_t row, int64_t span) const { return sums + (row * spans + span) * (SPAN / 32); }
+
+    // The number furthest from 0 becomes -128: a scale is negative where it is above 0.
     template <typename T>
     void quantise(const T* x, int64_t row, int64_t width) {
         for (int64_t span = 0; span < spans; span++) {
-            __m512 found[8];
-            __m512i most = _mm512_setzero_si512();  // bits of floats are in the order of the floats, NaN the largest
-            for (int i = 0; i < 8; i++) {
+            __m512 found[SPAN / 16];
+            // The bits of floats above 0 are in the order of the floats, NaN the largest; of those below in the other.
+            __m512i top = _mm512_setzero_si512(), bottom = _mm512_setzero_si512();
+            for (int i = 0; i < SPAN / 16; i++) {
                 const int64_t left = std::min<int64_t>(16, std::max<int64_t>(0, width - span * SPAN - 16 * i));
                 found[i] = load(x + span * SPAN + 16 * i, __mmask16((1 << left) - 1));
-                most = _mm512_max_epu32(most, _mm512_castps_si512(_mm512_abs_ps(found[i])));
+                top = _mm512_max_epi32(top, _mm512_castps_si512(found[i]));
+                bottom = _mm512_max_epu32(bottom, _mm512_castps_si512(found[i]));
             }
-            const uint32_t bits = _mm512_reduce_max_epu32(most);
-            float largest;
-            std::memcpy(&largest, &bits, 4);
-            const bool none = largest < 1e-30f;
-            scale[row * spans + span] = none ? 0 : largest / 127;
-            const __m512 up = _mm512_set1_ps(none ? 0 : 127 / largest);
-            for (int half = 0; half < 2; half++) {
-                __m512i whole[4];
-                for (int i = 0; i < 4; i++) whole[i] = _mm512_cvtps_epi32(_mm512_mul_ps(found[4 * half + i], up));
+            const uint32_t above = uint32_t(_mm512_reduce_max_epi32(top)), below = _mm512_reduce_max_epu32(bottom);
+            const uint32_t bits = (below & 0x7fffffff) > above ? below : above;
+            float furthest;
+            std::memcpy(&furthest, &bits, 4);
+            const bool none = std::abs(furthest) < 1e-30f;
+            scale[span * whole + row] = none ? 0 : furthest / -128;
+            const __m512 up = _mm512_set1_ps(none ? 0 : -128 / furthest);
+            for (int tile = 0; tile < SPAN / 64; tile++) {
+                __m512i each[4];
+                for (int i = 0; i < 4; i++) each[i] = _mm512_cvtps_epi32(_mm512_mul_ps(found[4 * tile + i], up));
                 // Packing leaves four bytes of each vector side by side, in the order of the vectors.
-                const __m512i mixed = _mm512_packs_epi16(_mm512_packs_epi32(whole[0], whole[1]),
-                                                         _mm512_packs_epi32(whole[2], whole[3]));
+                const __m512i mixed = _mm512_packs_epi16(_mm512_packs_epi32(each[0], each[1]),
+                                                         _mm512_packs_epi32(each[2], each[3]));
                 const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
                 const __m512i bytes = _mm512_permutexvar_epi32(order, mixed);
-                _mm512_store_si512(tiles(row) + (2 * span + half) * 1024, bytes);
+                _mm512_store_si512(tiles(row, span) + tile * 1024, bytes);
                 __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), bytes);
                 sum = _mm512_add_epi32(sum, _mm512_shuffle_i32x4(sum, sum, _MM_SHUFFLE(2, 3, 0, 1)));
                 sum = _mm512_add_epi32(sum, _mm512_shuffle_epi32(sum, _MM_PERM_BADC));
                 sum = _mm512_add_epi32(sum, _mm512_shuffle_epi32(sum, _MM_PERM_CDAB));
-                int32_t* to = sums + (row * spans + span) * 4 + 2 * half;
+                int32_t* to = sums + (row * spans + span) * (SPAN / 32) + 2 * tile;
                 to[0] = _mm_cvtsi128_si32(_mm512_castsi512_si128(sum));
                 to[1] = _mm_cvtsi128_si32(_mm512_extracti32x4_epi32(sum, 2));
             }
@@ -107,28 +118,29 @@ inline __m512i bytes4(const void* from) {
 
 // Eight bits.
 struct Int8 {
-    static constexpr int GROUP = SPAN, QUAD = 16 * SPAN, RECORD = 4 * QUAD + 2 * BLOCK;
+    static constexpr int QUAD = 16 * PART, RECORD = 4 * QUAD + 2 * BLOCK;
 
-    // Sums over a span for ROWS tokens and the 16 outputs of a quad; the processor takes one side without a sign.
+    // Adds the sums over a record for ROWS tokens and the 16 outputs of a quad; the processor takes one side without a sign.
     template <int ROWS>
-    static inline void sums(const uint8_t* record, int quad, const int8_t* const* x, const int32_t* const* sum,
-                            __m512i* to) {
+    static inline void add(const uint8_t* record, int quad, const int8_t* const* x, const int32_t* const* sum,
+                           __m512i* to) {
         constexpr int CHAINS = ROWS > 4 ? 1 : ROWS > 1 ? 2 : 4;
         __m512i found[CHAINS][ROWS];
         for (int r = 0; r < ROWS; r++) {
-            found[0][r] = _mm512_set1_epi32(-128 * (sum[r][0] + sum[r][1] + sum[r][2] + sum[r][3]));
+            const __m512i less = _mm512_set1_epi32(-128 * (sum[r][0] + sum[r][1] + sum[r][2] + sum[r][3]));
+            found[0][r] = _mm512_add_epi32(to[r], less);
             for (int c = 1; c < CHAINS; c++) found[c][r] = _mm512_setzero_si512();
         }
         const uint8_t* lines = record + quad * QUAD;
-        for (int half = 0; half < 2; half++)
+        for (int tile = 0; tile < PART / 64; tile++)
 #pragma GCC unroll 16
-            for (int i = 0; i < LINES / 2; i++) {
-                const uint8_t* line = lines + (half * LINES / 2 + i) * 64;
+            for (int i = 0; i < 16; i++) {
+                const uint8_t* line = lines + (16 * tile + i) * 64;
                 _mm_prefetch(line + AHEAD, _MM_HINT_T1);
                 const __m512i w = _mm512_xor_si512(_mm512_load_si512(line), _mm512_set1_epi8(-128));
                 for (int r = 0; r < ROWS; r++) {
                     __m512i& chain = found[i % CHAINS][r];
-                    chain = _mm512_dpbusd_epi32(chain, w, bytes4(x[r] + half * 1024 + 4 * i));
+                    chain = _mm512_dpbusd_epi32(chain, w, bytes4(x[r] + tile * 1024 + 4 * i));
                 }
             }
         for (int r = 0; r < ROWS; r++) {
@@ -143,7 +155,7 @@ struct Int8 {
 // Four bits: a byte of two numbers below 16 times m is two bytes below 256, so 16-bit products do for both.
 template <int GROUP_>
 struct Int4 {
-    static constexpr int GROUP = GROUP_, QUAD = 8 * SPAN, META = SPAN / GROUP * BLOCK;
+    static constexpr int GROUP = GROUP_, QUAD = 8 * PART, META = PART / GROUP * BLOCK;
     static constexpr int RECORD = 4 * QUAD + META + 2 * BLOCK;
 
     struct Group {
@@ -152,7 +164,7 @@ struct Int4 {
 
     static inline Group group(const uint8_t* record, int quad, int index) {
         const __m512i m = _mm512_set_epi32(16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1);
-        const __m128i* meta = (const __m128i*)(record + 4 * QUAD + (quad * (SPAN / GROUP) + index) * 16);
+        const __m128i* meta = (const __m128i*)(record + 4 * QUAD + (quad * (PART / GROUP) + index) * 16);
         const __m512i byte = _mm512_cvtepu8_epi32(_mm_load_si128(meta));
         const __m512i high = _mm512_slli_epi32(_mm512_srli_epi32(byte, 4), 2);
         const __m512i twice = _mm512_or_si512(m, _mm512_slli_epi32(m, 16));
@@ -161,16 +173,16 @@ struct Int4 {
     }
 
     template <int ROWS>
-    static inline void sums(const uint8_t* record, int quad, const int8_t* const* x, const int32_t* const* sum,
-                            __m512i* to) {
+    static inline void add(const uint8_t* record, int quad, const int8_t* const* x, const int32_t* const* sum,
+                           __m512i* to) {
         constexpr int CHAINS = ROWS > 4 ? 1 : 2, EACH = GROUP / 8;
         const __m512i low = _mm512_set1_epi8(15);
         __m512i found[2][ROWS];
         for (int c = 0; c < CHAINS; c++)
-            for (int r = 0; r < ROWS; r++) found[c][r] = _mm512_setzero_si512();
+            for (int r = 0; r < ROWS; r++) found[c][r] = c ? _mm512_setzero_si512() : to[r];
         const uint8_t* lines = record + quad * QUAD;
 #pragma GCC unroll 4
-        for (int g = 0; g < SPAN / GROUP; g++) {
+        for (int g = 0; g < PART / GROUP; g++) {
             const Group its = group(record, quad, g);
             for (int r = 0; r < ROWS; r++) {
                 int32_t all = 0;
@@ -199,12 +211,12 @@ struct Int4 {
     static void expand(const uint8_t* record, int8_t* to) {
         const __m512i low = _mm512_set1_epi8(15);
         for (int quad = 0; quad < 4; quad++)
-            for (int g = 0; g < SPAN / GROUP; g++) {
+            for (int g = 0; g < PART / GROUP; g++) {
                 const Group its = group(record, quad, g);
                 const __m512i spread = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
                 const __m512i o = _mm512_shuffle_epi8(its.o, spread);
                 for (int i = 0; i < GROUP / 8; i++) {
-                    const int at = quad * (SPAN / 8) + g * (GROUP / 8) + i;
+                    const int at = quad * (PART / 8) + g * (GROUP / 8) + i;
                     const __m512i both = _mm512_load_si512(record + at * 64);
                     const __m512i a = _mm512_mullo_epi16(_mm512_and_si512(both, low), its.m);
                     const __m512i b = _mm512_mullo_epi16(_mm512_and_si512(_mm512_srli_epi16(both, 4), low), its.m);
@@ -218,6 +230,16 @@ struct Int4 {
 template <typename F>
 inline __m512 scales(const uint8_t* record, int quad) {
     return widen(_mm256_load_si256((const __m256i*)(record + F::RECORD - 2 * BLOCK + quad * 32)));
+}
+
+// total += sum * scale * step, where |sum| <= 2^22. In the low bits of 3 * 2^22 such a number is a float, from which that is
+// taken away again in the same operation as it is scaled, exactly, since a scale has 8 bits: a conversion would do, but
+// waits for the half of the processor that multiplies tiles.
+inline void add_scaled(__m512i sum, __m512 scale, float step, float* total) {
+    const __m512 shift = _mm512_set1_ps(12582912.0f);
+    const __m512 above = _mm512_castsi512_ps(_mm512_add_epi32(sum, _mm512_castps_si512(shift)));
+    const __m512 part = _mm512_fmsub_ps(above, scale, _mm512_mul_ps(scale, shift));
+    _mm512_store_ps(total, _mm512_fmadd_ps(part, _mm512_set1_ps(step), _mm512_load_ps(total)));
 }
 
 }  // namespace

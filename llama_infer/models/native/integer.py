@@ -16,8 +16,8 @@ from torch import Tensor
 from ...native import library
 from ..mapped import large_pages
 
-SPAN = 128
-"""Inputs that share a scale, of an output's weights and of a token's activations."""
+SPAN, PART = 256, 128
+"""Inputs that share a scale, of an output's weights and of a token's activations; those whose weights lie together."""
 _BLOCK, _QUAD = 64, 16
 _AT_A_TIME = 8
 """Blocks that are packed at a time: they stay in the processor's cache."""
@@ -51,36 +51,44 @@ def linear(name: str, x: Tensor, packed: Tensor, bias: Tensor | None, shape: tup
 
 
 Part: TypeAlias = tuple[torch.dtype, int, int]
-"""Of tensors with a row for each output: their dtype, columns a span, and how many neighbours stay together."""
+"""Of tensors with a row for each output: their dtype, columns a record, and how many neighbours stay together."""
+_SCALE: Part = (torch.bfloat16, 1, 1)
 
 
-def pack(tensors: Sequence[Tensor], parts: Sequence[Part], spans: int) -> Tensor:
-    """[out, columns] each -> uint8 [blocks, spans, bytes]. What is missing of a last span or block is 0."""
-    rows, sizes = len(tensors[0]), [_BLOCK * columns * dtype.itemsize for dtype, columns, _ in parts]
-    packed = torch.empty(-(-rows // _BLOCK), spans, sum(sizes), dtype=torch.uint8)
+def pack(tensors: Sequence[Tensor], scale: Tensor, parts: Sequence[Part], width: int) -> Tensor:
+    """[out, columns] each, scale [out, spans] -> uint8 [blocks, records, bytes]. What the last ones lack is 0."""
+    rows, records = len(scale), -(-width // PART)
+    parts, sizes = (*parts, _SCALE), _sizes(parts)
+    tensors = (*tensors, scale.repeat_interleave(SPAN // PART, 1)[:, :records])
+    packed = torch.empty(-(-rows // _BLOCK), records, sum(sizes), dtype=torch.uint8)
     large_pages(packed)
     for start in range(0, len(packed), _AT_A_TIME):
-        records = packed[start : start + _AT_A_TIME]
-        for tensor, (dtype, columns, together), into in zip(tensors, parts, records.split(sizes, -1), strict=True):
+        blocks = packed[start : start + _AT_A_TIME]
+        for tensor, (dtype, columns, together), into in zip(tensors, parts, blocks.split(sizes, -1), strict=True):
             some = tensor[start * _BLOCK : (start + _AT_A_TIME) * _BLOCK]
-            missing = (0, spans * columns - some.shape[1], 0, len(records) * _BLOCK - len(some))
+            missing = (0, records * columns - some.shape[1], 0, len(blocks) * _BLOCK - len(some))
             lanes = F.pad(some, missing).contiguous().view(_UNITS[dtype.itemsize * together])
-            lanes = lanes.view(len(records), -1, _QUAD, spans, columns // together).permute(0, 3, 1, 4, 2)
+            lanes = lanes.view(len(blocks), -1, _QUAD, records, columns // together).permute(0, 3, 1, 4, 2)
             into.copy_(lanes.contiguous().view(torch.uint8).view_as(into))
     return packed
 
 
 def unpack(packed: Tensor, parts: Sequence[Part], rows: int, width: int) -> list[Tensor]:
-    """What was packed, for so many inputs."""
-    blocks, spans, _ = packed.shape
+    """What was packed, for so many inputs, the scale last."""
+    blocks, records, _ = packed.shape
     found = []
-    sizes = [_BLOCK * columns * dtype.itemsize for dtype, columns, _ in parts]
-    for (dtype, columns, together), record in zip(parts, packed.split(sizes, -1), strict=True):
-        tensor = torch.empty(rows, -(-width * columns // SPAN), dtype=dtype)
+    for (dtype, columns, together), record in zip((*parts, _SCALE), packed.split(_sizes(parts), -1), strict=True):
+        tensor = torch.empty(rows, -(-width * columns // PART), dtype=dtype)
         for start in range(0, blocks, _AT_A_TIME):
             some, into = record[start : start + _AT_A_TIME], tensor[start * _BLOCK : (start + _AT_A_TIME) * _BLOCK]
             lanes = some.contiguous().view(_UNITS[dtype.itemsize * together])
-            lanes = lanes.view(len(some), spans, -1, columns // together, _QUAD).permute(0, 2, 4, 1, 3)
+            lanes = lanes.view(len(some), records, -1, columns // together, _QUAD).permute(0, 2, 4, 1, 3)
             into.copy_(lanes.flatten(3).flatten(0, 2).view(dtype)[: len(into), : into.shape[1]])
         found.append(tensor)
+    found[-1] = found[-1][:, :: SPAN // PART].contiguous()
     return found
+
+
+def _sizes(parts: Sequence[Part]) -> list[int]:
+    """Bytes of each in a record, the scale's last."""
+    return [_BLOCK * columns * dtype.itemsize for dtype, columns, _ in (*parts, _SCALE)]

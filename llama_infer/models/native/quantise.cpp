@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int SPAN = 128, LANES = 16;
+constexpr int SPAN = 256, LANES = 16;
 constexpr float STEP = 4, FIRST = -26, LAST = FIRST + 15 * STEP, TOP = 125, BOTTOM = -122;
 
 inline Lanes all(float x) { return Lanes{} + x; }
@@ -107,10 +107,10 @@ struct Spans {
         }
         odd += widest * 0;
         const Lanes enough = most(most(top / TOP, bottom / BOTTOM), all(1e-30f));
-        for (int count = 11; count <= 15; count++) {
+        for (int count = 10; count <= 15; count++) {
             Lanes by = most(widest / float(15 * count), enough);
             for (int lane = 0; lane < LANES; lane++) by[lane] = rounded(by[lane]);
-            attempt(by, count == 11);
+            attempt(by, count == 10);
         }
         scale += odd;
     }
