@@ -2,10 +2,13 @@
 // [out / block][inputs / 2][block][2] with zeros behind both ends. Sums are in float32, in an order that depends on the
 // layer alone: a row's result is the same whatever other rows are in the call.
 
+#include <omp.h>
+
 #include <algorithm>
 
 #include "numbers.h"
 #include "scratch.h"
+#include "turns.h"
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -106,19 +109,19 @@ extern "C" bool linear(const Layer* given, const Half* x, Half* y, int64_t rows)
     static thread_local Scratch memory;
     Half* laid = memory.at_least<Half>((rows + TALL - 1) / TALL * sixteen);
     if (!laid) return false;
+    Turns turns(blocks, blocks / (8 * omp_get_max_threads()));
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r += TALL)
             gather(layer, x + r * layer.in, rows - r, laid + r / TALL * sixteen);
-#pragma omp for schedule(static)
-        for (int64_t b = 0; b < blocks; b++) {
+        turns.each([&](int64_t b, int64_t) {
             const Half* w = layer.weight + b * layer.block * layer.inputs;
             if (layer.block == 16) vectors<1>(layer, w, laid, y, rows, b * layer.block);
             if (layer.block == 32) vectors<2>(layer, w, laid, y, rows, b * layer.block);
             if (layer.block == 48) vectors<3>(layer, w, laid, y, rows, b * layer.block);
             if (layer.block == 64) vectors<4>(layer, w, laid, y, rows, b * layer.block);
-        }
+        });
     }
     return true;
 }

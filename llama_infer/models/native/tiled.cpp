@@ -6,6 +6,7 @@
 #include "numbers.h"
 #include "scratch.h"
 #include "tiles.h"
+#include "turns.h"
 #include "vectors.h"
 
 #ifdef LLAMA_INFER_TILES
@@ -175,30 +176,24 @@ void add(const Layer& layer, const Inputs& x, int64_t r, const Chunk& now, Weigh
         end(layer, now.first, sums + r * 32, std::min(2 * TALL, x.rows - r), y + r * layer.out);
 }
 
-// Adds to the sums of some blocks of 32 outputs what all these inputs give; place(b): where one's outputs begin. The first
-// 32 rows read the weights where they lie and leave them side by side for the other rows, a chunk at a time; meanwhile the
-// next chunk is asked for, each 32 rows a share of it. waiting: sums of `size` for each block, or null where all inputs
-// are there.
-template <typename Place>
-void some_blocks(const Layer& layer, const Inputs& x, int64_t blocks, const Place& place, float* waiting, int64_t size,
-                 Half* y) {
+// Adds to the sums of 32 outputs, the `first` of a block, what all these inputs give. The first 32 rows read the weights
+// where they lie and leave them side by side for the other rows, a chunk at a time; meanwhile the next chunk is asked for,
+// each 32 rows a share of it; after the last that of the block whose first output is `next`. sums: of the block; they wait
+// where not all inputs are there.
+void one_block(const Layer& layer, const Inputs& x, int64_t first, int64_t next, float* sums, Half* y) {
     alignas(64) Half kept[BLOCK * INNER];
-    alignas(64) float passing[MOST_ROWS * BLOCK];
     const int64_t pairs = (x.rows + 2 * TALL - 1) / (2 * TALL), share = (BLOCK + pairs - 1) / pairs;
-    const int64_t most = pairs == 1 ? x.steps : std::min(x.steps, INNER / WIDE), parts = (x.steps + most - 1) / most;
+    const int64_t most = pairs == 1 ? x.steps : std::min(x.steps, INNER / WIDE);
     const bool whole = most * WIDE == layer.in;  // then they are asked for as they lie, else a line of each output
-    const auto nth = [&](int64_t c) {
-        c = std::min(c, blocks * parts - 1);
-        return chunk(layer, x, place(c / parts), c % parts * most, most);
-    };
-    for (int64_t c = 0; c < blocks * parts; c++) {
-        const Chunk now = nth(c), next = nth(c + 1);
+    for (int64_t s = 0; s < x.steps; s += most) {
+        const bool more = s + most < x.steps;
+        const Chunk now = chunk(layer, x, first, s, most);
+        const Chunk then = more ? chunk(layer, x, first, s + most, most) : chunk(layer, x, next, 0, most);
         const int64_t last = now.count > 1 ? now.last - (now.count - 2) * WIDE : 0;
         const Weights there = {now.at, layer.in, WIDE, last}, here = {kept, WIDE, BLOCK * WIDE, BLOCK * WIDE};
-        float* sums = waiting ? waiting + c / parts * size : passing;
         for (int64_t p = 0; p < pairs; p++) {
-            const Ahead soon = whole ? Ahead{next.at + p * share * most * WIDE, WIDE, share * WIDE, int(share)}
-                                     : Ahead{next.at + p * share * layer.in, layer.in, WIDE, int(share)};
+            const Ahead soon = whole ? Ahead{then.at + p * share * most * WIDE, WIDE, share * WIDE, int(share)}
+                                     : Ahead{then.at + p * share * layer.in, layer.in, WIDE, int(share)};
             const auto run = p == 0 && pairs > 1 ? add<true> : add<false>;
             run(layer, x, p * 2 * TALL, now, p == 0 ? there : here, kept, sums, y, soon);
         }
@@ -216,28 +211,26 @@ bool tiled(const Layer& layer, const Half* x, Half* y, int64_t rows, int64_t fir
     Half* tiles = memory.at_least<Half>(padded * chunk * WIDE);
     float* waiting = waits ? patience.at_least<float>(blocks * size) : nullptr;
     if (!tiles || (waits && !waiting)) return false;
+    // Of a number that 32 does not divide the last block overlaps the one before: the same results, written twice.
+    const auto place = [&](int64_t b) { return std::min(first + b * BLOCK, layer.out - BLOCK); };
+    for (int64_t from = 0; from < all; from += chunk) {
+        const int64_t steps = std::min(chunk, all - from);
+        const Inputs inputs = {tiles, rows, from, steps};
+        Turns turns(blocks, rows > 2 * TALL ? 1 : blocks / (8 * omp_get_max_threads()));
 #pragma omp parallel
-    {
-        const uint16_t wide = uint16_t(columns * 4);  // of sums and x
-        const Tiles own({wide, wide, wide, wide, wide, wide, 64, 64});
-        const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        const int64_t mine = blocks * thread / threads, others = blocks * (thread + 1) / threads;
-        // Of a number that 32 does not divide the last block overlaps the one before: the same results, written twice.
-        const auto place = [&](int64_t b) { return std::min(first + b * BLOCK, layer.out - BLOCK); };
-        for (int64_t line = 0; rows <= 2 * TALL && mine < others && line < BLOCK * layer.in; line += WIDE)
-            __builtin_prefetch(layer.weight + place(mine) * layer.in + line, 0, 2);
-        for (int64_t from = 0; from < all; from += chunk) {
-            const int64_t steps = std::min(chunk, all - from);
+        {
+            alignas(64) float passing[MOST_ROWS * BLOCK];
+            const uint16_t wide = uint16_t(columns * 4);  // of sums and x
+            const Tiles own({wide, wide, wide, wide, wide, wide, 64, 64});
 #pragma omp for schedule(static)
             for (int64_t r = 0; r < rows; r += TALL)
                 gather(layer, x + r * layer.in, rows - r, columns, from, steps, tiles + r * steps * WIDE);
-            const Inputs inputs = {tiles, rows, from, steps};
-            if (mine < others)
-                some_blocks(layer, inputs, others - mine, [&](int64_t b) { return place(mine + b); },
-                            waits ? waiting + mine * size : nullptr, size, y);
-#pragma omp barrier
+            turns.each([&](int64_t b, int64_t next) {
+                float* sums = waits ? waiting + b * size : passing;
+                one_block(layer, inputs, place(b), place(next < 0 ? b : next), sums, y);
+            });
+            _mm_sfence();  // what was written past the caches is there for all
         }
-        _mm_sfence();  // what was written past the caches is there for all
     }
     return true;
 }
