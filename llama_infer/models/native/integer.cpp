@@ -8,8 +8,6 @@
 #include "tiles.h"
 #include "turns.h"
 
-#include <omp.h>
-
 #include <optional>
 
 namespace {
@@ -246,8 +244,7 @@ bool linear(const T* x, const uint8_t* weight, const T* bias, T* y, int64_t rows
         for (int64_t start = 0; start < spans; start += most.spans) {
             Tokens tokens(count, std::min(most.spans, spans - start), place);
             const T* inputs = x + begin * width + start * SPAN;
-            // A few rows are little work for a block: then several, which follow each other in memory.
-            Turns turns(blocks, count > 32 ? 1 : blocks / (8 * omp_get_max_threads()));
+            Turns turns(blocks);
 #pragma omp parallel for if (count * width > 32768)
             for (int64_t row = 0; row < count; row++)
                 tokens.quantise(inputs + row * width, row, std::min(tokens.spans * SPAN, width - start * SPAN));

@@ -2,8 +2,6 @@
 // [out / block][inputs / 2][block][2] with zeros behind both ends. Sums are in float32, in an order that depends on the
 // layer alone: a row's result is the same whatever other rows are in the call.
 
-#include <omp.h>
-
 #include <algorithm>
 
 #include "numbers.h"
@@ -109,7 +107,7 @@ extern "C" bool linear(const Layer* given, const Half* x, Half* y, int64_t rows)
     static thread_local Scratch memory;
     Half* laid = memory.at_least<Half>((rows + TALL - 1) / TALL * sixteen);
     if (!laid) return false;
-    Turns turns(blocks, blocks / (8 * omp_get_max_threads()));
+    Turns turns(blocks);
 #pragma omp parallel
     {
 #pragma omp for schedule(static)

@@ -10,8 +10,6 @@
 #include "vectors.h"
 
 #ifdef LLAMA_INFER_TILES
-#include <omp.h>
-
 #include <algorithm>
 
 namespace {
@@ -216,7 +214,7 @@ bool tiled(const Layer& layer, const Half* x, Half* y, int64_t rows, int64_t fir
     for (int64_t from = 0; from < all; from += chunk) {
         const int64_t steps = std::min(chunk, all - from);
         const Inputs inputs = {tiles, rows, from, steps};
-        Turns turns(blocks, rows > 2 * TALL ? 1 : blocks / (8 * omp_get_max_threads()));
+        Turns turns(blocks);
 #pragma omp parallel
         {
             alignas(64) float passing[MOST_ROWS * BLOCK];

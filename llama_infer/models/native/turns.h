@@ -3,31 +3,44 @@
 
 #pragma once
 
+#include <omp.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 
 namespace {
 
+// Pieces 0 to count (exclusive), neighbours together: many in the beginning, one by one in the end.
 class Turns {
   public:
-    // Pieces 0 to count (exclusive), `run` neighbours at a time.
-    Turns(int64_t count, int64_t run) : count_(count), run_(std::max<int64_t>(1, run)) {}
+    explicit Turns(int64_t count) : count_(count), threads_(omp_get_max_threads()) {}
 
-    // Calls work(piece, the thread's next) until all are taken; the next of the last is -1.
+    // Calls work(piece, the thread's next, or -1) until all are taken. A thread knows its next while others have some, too.
     template <typename Work>
     void each(const Work& work) {
-        for (int64_t begin = take(), then; begin < count_; begin = then) {
-            then = take();
-            const int64_t end = std::min(begin + run_, count_);
-            for (int64_t i = begin; i < end; i++) work(i, i + 1 < end ? i + 1 : then < count_ ? then : -1);
+        for (Run now = take(); now.begin < now.end;) {
+            const Run ahead = count_ - taken_ > 2 * threads_ ? take() : Run{};
+            const int64_t then = ahead.begin < ahead.end ? ahead.begin : -1;
+            for (int64_t i = now.begin; i < now.end; i++) work(i, i + 1 < now.end ? i + 1 : then);
+            now = then < 0 ? take() : ahead;
         }
     }
 
   private:
-    int64_t take() { return taken_.fetch_add(run_, std::memory_order_relaxed); }
+    struct Run {
+        int64_t begin = 0, end = 0;
+    };
 
-    const int64_t count_, run_;
+    Run take() {
+        int64_t begin = taken_, end;
+        do {
+            end = std::min(count_, begin + std::max<int64_t>(1, (count_ - begin) / (8 * threads_)));
+        } while (!taken_.compare_exchange_weak(begin, std::max(begin, end)));
+        return {begin, end};
+    }
+
+    const int64_t count_, threads_;
     std::atomic<int64_t> taken_{0};
 };
 
