@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import ParameterError, UnsupportedError
 from .int8 import in_spans
-from .native.integer import PART, SPAN, kernel, linear, pack, unpack
+from .integers import IntegerLinear
+from .native.integer import PART, SPAN, kernel
 from .native.quantise import quantise
 from .quantised import QuantisedLinear, Tensors, blockwise, quantise_layers
 
@@ -107,23 +108,14 @@ class Int4:
         return f"Int4(group_size={self.group_size}" + (f", keep={self.keep})" if self.keep else ")")
 
 
-class Int4Linear(QuantisedLinear):
+class Int4Linear(IntegerLinear):
     """4-bit weights times 8-bit activations, in a kernel of ours."""
 
     def __init__(self, form: Int4, tensors: Tensors, bias: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__(form, (len(tensors["int4"]), 2 * tensors["int4"].shape[1]), bias, dtype)
-        self._name = f"int4_{form.group_size}"
-        self._parts = ((torch.uint8, PART // 2, 4), (torch.uint8, PART // form.group_size, 1))
-        self._packed = pack([tensors["int4"], tensors["groups"]], tensors["scale"], self._parts, self.in_features)
-
-    def tensors(self) -> Tensors:
-        """The weights, out of the kernel's layout, and what scales them."""
-        found = unpack(self._packed, self._parts, self.out_features, self.in_features)
-        return dict(zip(_NAMES, found, strict=True))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """bfloat16 [..., in] -> [..., out]."""
-        return linear(self._name, x, self._packed, self.bias, (self.out_features, self.in_features))
+        held = {name: tensors[name] for name in _NAMES}
+        parts = ((torch.uint8, PART // 2, 4), (torch.uint8, PART // form.group_size, 1))
+        shape = len(held["int4"]), 2 * held["int4"].shape[1]
+        super().__init__(form, shape, held, parts, f"int4_{form.group_size}", bias, dtype)
 
 
 class Int4TorchLinear(QuantisedLinear):

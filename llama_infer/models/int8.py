@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from .native.integer import PART, SPAN, kernel, linear, pack, unpack
+from .integers import IntegerLinear
+from .native.integer import PART, SPAN, kernel
 from .quantised import QuantisedLinear, Tensors, quantise_layers
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 _MIDDLE = 128
 """The byte that stands for an activation of zero: torch multiplies unsigned activations with signed weights."""
-_PARTS = ((torch.int8, PART, 4),)
 _TINY = torch.finfo(torch.bfloat16).tiny
 _AT_A_TIME = 32
 """Rows of which torch's sums stay in the processor's cache."""
@@ -92,21 +92,13 @@ class Int8:
         return f"Int8(activations={self.activations}" + (f", keep={self.keep})" if self.keep else ")")
 
 
-class Int8Linear(QuantisedLinear):
+class Int8Linear(IntegerLinear):
     """8-bit weights times 8-bit activations, in a kernel of ours."""
 
     def __init__(self, form: Int8, tensors: Tensors, bias: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__(form, tensors["int8"].shape, bias, dtype)
-        self._packed = pack([tensors["int8"]], tensors["scale"], _PARTS, self.in_features)
-
-    def tensors(self) -> Tensors:
-        """The weights, out of the kernel's layout, and their scales."""
-        numbers, scale = unpack(self._packed, _PARTS, self.out_features, self.in_features)
-        return {"int8": numbers, "scale": scale}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """float [..., in] -> [..., out]."""
-        return linear("int8", x, self._packed, self.bias, (self.out_features, self.in_features))
+        numbers = tensors["int8"]
+        held = {"int8": numbers, "scale": tensors["scale"]}
+        super().__init__(form, (len(numbers), numbers.shape[1]), held, ((torch.int8, PART, 4),), "int8", bias, dtype)
 
 
 class Int8TorchLinear(QuantisedLinear):

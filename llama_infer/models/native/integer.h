@@ -10,6 +10,8 @@
 
 #pragma once
 
+#include "numbers.h"
+
 #include <immintrin.h>
 
 #include <algorithm>
@@ -31,19 +33,11 @@ inline __m512 load(const uint16_t* from, __mmask16 these) { return widen(_mm256_
 
 inline void store(float* to, __mmask16 these, __m512 x) { _mm512_mask_storeu_ps(to, these, x); }
 
-inline __m256i narrow(__m512 x) {  // to the nearest, ties to even
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i high = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
-    high = _mm512_mask_mov_epi32(high, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-    return _mm512_cvtepi32_epi16(high);
-}
-
-inline void store(uint16_t* to, __mmask16 these, __m512 x) { _mm256_mask_storeu_epi16(to, these, narrow(x)); }
+inline void store(uint16_t* to, __mmask16 these, __m512 x) { _mm256_mask_storeu_epi16(to, these, (__m256i)narrow((Lanes)x)); }
 
 // Past the caches, which need not read first what is written whole; aligned, all sixteen.
 inline void stream(float* to, __m512 x) { _mm512_stream_ps(to, x); }
-inline void stream(uint16_t* to, __m512 x) { _mm256_stream_si256((__m256i*)to, narrow(x)); }
+inline void stream(uint16_t* to, __m512 x) { _mm256_stream_si256((__m256i*)to, (__m256i)narrow((Lanes)x)); }
 
 // Quantised activations: of a span 16 tokens together, 64 inputs of one after 64 of the other, as AMX takes them; then the
 // next 16 tokens.
