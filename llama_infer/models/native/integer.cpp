@@ -58,9 +58,8 @@ void few(const Tokens& tokens, int64_t row, const Weights& block, const Totals& 
 }
 
 #ifdef LLAMA_INFER_TILES
-// What a span gives to 16 outputs of up to 16 rows, to be scaled and added to their totals.
+// What becomes of the sums of 16 outputs of up to 16 rows.
 struct Part {
-    const int32_t (*sum)[16];
     __m512 scale;
     const float* step;
     float* total;
@@ -78,7 +77,7 @@ struct Asked {
 
 // STEADY: with every row a line or two are asked for, `each` bytes.
 template <bool STEADY>
-inline void add(const Part& part, Asked& asked, int64_t each) {
+inline void add(const int32_t (*sums)[16], const Part& part, Asked& asked, int64_t each) {
 #pragma GCC unroll 4
     for (int64_t r = 0; r < part.rows; r++) {
         if (STEADY) {
@@ -86,7 +85,7 @@ inline void add(const Part& part, Asked& asked, int64_t each) {
             if (each > 64) _mm_prefetch(asked.next + 64, _MM_HINT_T1);
             asked.next += each;
         }
-        add_scaled(_mm512_load_si512(part.sum[r]), part.scale, part.step[r], part.total + 16 * r);
+        add_scaled(_mm512_load_si512(sums[r]), part.scale, part.step[r], part.total + 16 * r);
     }
 }
 
@@ -102,9 +101,8 @@ void tiles(const Tokens& tokens, int64_t row, const Weights& block, const uint8_
     const int64_t each = STEADY ? share / std::min<int64_t>(rows, 16) / 64 * 64 : 0;
     const uint8_t* first = STEADY ? block.at + AHEAD : next + row / 16 * (2 * spans * F::RECORD / all) / 64 * 64;
     Asked asked = {first, first};
-    alignas(64) int32_t sums[2][16][16];
+    alignas(64) int32_t sums[16][16];
     Part part;
-    int turn = 0;
     for (int64_t unit = 0; unit < 4 * spans; unit++) {
         const int64_t span = unit / 4;
         const int quad = unit % 4;
@@ -133,15 +131,14 @@ void tiles(const Tokens& tokens, int64_t row, const Weights& block, const uint8_
             _tile_loadd(2, x + 3072, 64);
             _tile_dpbssd(0, 2, 7);
             asked.more(share);
-            add<STEADY>(part, asked, each);
-            _tile_stored(0, sums[turn], 64);
-            part = {sums[turn], scales<F>(record, quad), tokens.scale + span * tokens.whole + row + 16 * g,
-                    total.of(quad, 16 * g), std::min<int64_t>(16, rows - 16 * g)};
-            turn ^= 1;
+            add<STEADY>(sums, part, asked, each);
+            _tile_stored(0, sums, 64);
+            part = {scales<F>(record, quad), tokens.scale + span * tokens.whole + row + 16 * g, total.of(quad, 16 * g),
+                    std::min<int64_t>(16, rows - 16 * g)};
         }
     }
     written();
-    add<false>(part, asked, 0);
+    add<false>(sums, part, asked, 0);
 }
 #endif
 
