@@ -102,7 +102,7 @@ class Int8Linear(IntegerLinear):
 
 
 class Int8TorchLinear(QuantisedLinear):
-    """The same by torch's operators, which know one scale a row: a product for every 128 inputs."""
+    """The same by torch's operators, which know one scale a row: a product for every 256 inputs."""
 
     def __init__(self, form: Int8, tensors: Tensors, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(form, tensors["int8"].shape, bias, dtype)
