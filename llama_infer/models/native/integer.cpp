@@ -89,10 +89,10 @@ inline void add(const int32_t (*sums)[16], const Part& part, Asked& asked, int64
     }
 }
 
-// One block for some rows. The weights of 16 outputs stay in four tiles while a span of 16 rows after the other passes by;
-// what was multiplied is scaled while the next is. Of the weights that come next a part is asked for: where there is little
-// else to do, a line or two with every row, since a core waits for few lines at a time, and more of them would be in
-// the way of the tiles.
+// One block for some rows. The weights of 16 outputs stay in four tiles while a span of 16 rows after the other passes
+// by; what was multiplied is scaled while the next is. Of the weights that come next a part is asked for: where there is
+// little else to do, a line or two with every row, since a core waits for few lines at a time, and more of them would be
+// in the way of the tiles.
 template <typename F, bool STEADY>
 void tiles(const Tokens& tokens, int64_t row, const Weights& block, const uint8_t* next, int8_t* panel,
            const Totals& total) {

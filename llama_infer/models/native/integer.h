@@ -33,14 +33,16 @@ inline __m512 load(const uint16_t* from, __mmask16 these) { return widen(_mm256_
 
 inline void store(float* to, __mmask16 these, __m512 x) { _mm512_mask_storeu_ps(to, these, x); }
 
-inline void store(uint16_t* to, __mmask16 these, __m512 x) { _mm256_mask_storeu_epi16(to, these, (__m256i)narrow((Lanes)x)); }
+inline void store(uint16_t* to, __mmask16 these, __m512 x) {
+    _mm256_mask_storeu_epi16(to, these, (__m256i)narrow((Lanes)x));
+}
 
 // Past the caches, which need not read first what is written whole; aligned, all sixteen.
 inline void stream(float* to, __m512 x) { _mm512_stream_ps(to, x); }
 inline void stream(uint16_t* to, __m512 x) { _mm256_stream_si256((__m256i*)to, (__m256i)narrow((Lanes)x)); }
 
-// Quantised activations: of a span 16 tokens together, 64 inputs of one after 64 of the other, as AMX takes them; then the
-// next 16 tokens.
+// Quantised activations: of a span 16 tokens together, 64 inputs of one after 64 of the other, as AMX takes them; then
+// the next 16 tokens.
 struct Tokens {
     int64_t rows, spans, whole;
     int8_t* numbers;

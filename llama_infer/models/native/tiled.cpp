@@ -174,10 +174,9 @@ void add(const Layer& layer, const Inputs& x, int64_t r, const Chunk& now, Weigh
         end(layer, now.first, sums + r * 32, std::min(2 * TALL, x.rows - r), y + r * layer.out);
 }
 
-// Adds to the sums of 32 outputs, the `first` of a block, what all these inputs give. The first 32 rows read the weights
-// where they lie and leave them side by side for the other rows, a chunk at a time; meanwhile the next chunk is asked for,
-// each 32 rows a share of it; after the last that of the block whose first output is `next`. sums: of the block; they wait
-// where not all inputs are there.
+// Adds to the sums of a block's 32 outputs, from `first` on, what all these inputs give. The first 32 rows read the
+// weights where they lie and leave them side by side for the other rows, a chunk at a time; meanwhile the next chunk is
+// asked for, each 32 rows a share of it, after the last chunk that of the block which begins with the output `next`.
 void one_block(const Layer& layer, const Inputs& x, int64_t first, int64_t next, float* sums, Half* y) {
     alignas(64) Half kept[BLOCK * INNER];
     const int64_t pairs = (x.rows + 2 * TALL - 1) / (2 * TALL), share = (BLOCK + pairs - 1) / pairs;
