@@ -35,7 +35,7 @@ class IntegerLinear(QuantisedLinear):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(form, shape, bias, dtype)
-        self._kernel, self._names, self._parts, self._shape = kernel, tuple(tensors), tuple(parts), shape
+        self._kernel, self._names, self._parts = kernel, tuple(tensors), tuple(parts)
         *numbers, scale = tensors.values()
         self._packed = pack(numbers, scale, self._parts, self.in_features)
 
@@ -46,4 +46,4 @@ class IntegerLinear(QuantisedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """float [..., in] -> [..., out]."""
-        return linear(self._kernel, x, self._packed, self.bias, self._shape)
+        return linear(self._kernel, x, self._packed, self.bias, (self.out_features, self.in_features))

@@ -63,7 +63,7 @@ struct Tokens {
         return numbers + (span * whole + row / 16 * 16) * SPAN + row % 16 * 64;
     }
 
-    const int32_t* sums_of(int64_t row, int64_t span) const { return sums + (row * spans + span) * (SPAN / 32); }
+    int32_t* sums_of(int64_t row, int64_t span) const { return sums + (row * spans + span) * (SPAN / 32); }
 
     // The number furthest from 0 becomes -128: a scale is negative where it is above 0.
     template <typename T>
@@ -98,7 +98,7 @@ struct Tokens {
                 sum = _mm512_add_epi32(sum, _mm512_shuffle_i32x4(sum, sum, _MM_SHUFFLE(2, 3, 0, 1)));
                 sum = _mm512_add_epi32(sum, _mm512_shuffle_epi32(sum, _MM_PERM_BADC));
                 sum = _mm512_add_epi32(sum, _mm512_shuffle_epi32(sum, _MM_PERM_CDAB));
-                int32_t* to = sums + (row * spans + span) * (SPAN / 32) + 2 * tile;
+                int32_t* to = sums_of(row, span) + 2 * tile;
                 to[0] = _mm_cvtsi128_si32(_mm512_castsi512_si128(sum));
                 to[1] = _mm_cvtsi128_si32(_mm512_extracti32x4_epi32(sum, 2));
             }
