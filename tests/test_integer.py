@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -141,6 +145,26 @@ def test_what_is_not_finite_stays_so_and_in_its_row(form, rows, bad):
     assert not y[1].isfinite().any()
     others = torch.arange(rows) != 1
     assert torch.equal(y[others], clean[others])
+
+
+@compiled
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the C library for pages")
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("width", [128, 384])
+def test_nothing_is_read_behind_the_weights(form, width):
+    """Where the last span is one record, a page behind it that may not be read stays unread."""
+    layer, x = layer_of(form, random(64, width)), random(20, width, seed=1).bfloat16()
+    together, size = layer(x), layer._packed.numel()
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    behind = ctypes.c_void_p(whole.data_ptr() + pages)
+    protect = ctypes.CDLL(None).mprotect
+    assert protect(behind, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    shape = layer._packed.shape
+    layer._packed = whole[pages - size : pages].copy_(layer._packed.flatten()).view(shape)
+    assert torch.equal(layer(x), together) and torch.equal(layer(x[:1]), together[:1])
+    assert protect(behind, ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_WRITE) == 0
 
 
 @compiled

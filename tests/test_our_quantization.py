@@ -76,6 +76,19 @@ def test_error_on_random_layers(form, limit):
         assert relative(layer_of(form, linear)(x), F.linear(x.double(), linear.double())) < 0.01
 
 
+@pytest.mark.parametrize("shape", [(512, 1024), (512, 2048), (1024, 4096)], ids=str)
+def test_error_of_8_bits_in_every_draw(shape):
+    """In float32 each is below 1 %, in bfloat16 their mean: rounding the outputs, 0.17 %, is in it."""
+    found = []
+    for seed in range(5):
+        weight, x = random(*shape, seed=2 * seed), random(128, shape[1], seed=2 * seed + 1)
+        tensors, rounded = Int8().quantise(weight), x.bfloat16()
+        wide, narrow = (Int8().layer(tensors, None, dtype) for dtype in (torch.float32, torch.bfloat16))
+        assert 0.009 < relative(wide(x), F.linear(x.double(), weight.double())) < 0.0099
+        found.append(relative(narrow(rounded), F.linear(rounded.double(), weight.double())))
+    assert sum(found) / len(found) < 0.01
+
+
 def test_int8_products_do_not_overflow():
     weight, x = torch.full((64, 4096), 127 / 128), torch.full((1, 4096), 127.0)
     for sign in (1, -1):
