@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...native import library
+from ...native import function
 from ..mapped import large_pages
 
 SPAN, PART = 256, 128
@@ -24,14 +24,13 @@ _AT_A_TIME = 8
 
 _UNITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_ARGUMENTS = (*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3)
 
 
 def kernel(name: str, dtype: torch.dtype) -> Callable[..., int] | None:
     """The kernel for weights "int8", "int4_32", "int4_64" or "int4_128"; None where there is none."""
-    kernels = library("models/native/integer")
-    found = None if kernels is None else getattr(kernels, f"{name}_{_TYPES.get(dtype)}", None)
-    if found is not None and found.argtypes is None:
-        found.argtypes, found.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3, ctypes.c_int
+    symbol = f"{name}_{_TYPES.get(dtype)}"
+    found: Callable[..., int] | None = function("models/native/integer", symbol, _ARGUMENTS, ctypes.c_int)
     return found
 
 

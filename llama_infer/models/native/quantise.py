@@ -7,8 +7,10 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ...native import library
+from ...native import function
 from .integer import SPAN
+
+_ARGUMENTS = (*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 2)
 
 
 def quantise(weight: Tensor, group_size: int) -> dict[str, Tensor] | None:
@@ -16,14 +18,12 @@ def quantise(weight: Tensor, group_size: int) -> dict[str, Tensor] | None:
 
     NaN and infinity make the scales of their spans NaN.
     """
-    kernels = library("models/native/quantise", exact=True)
-    if kernels is None or not weight.is_cpu:
+    run = function("models/native/quantise", f"int4_{group_size}", _ARGUMENTS, exact=True)
+    if run is None or not weight.is_cpu:
         return None
     rows, width = weight.shape
     if weight.dtype != torch.float32 or width % group_size:
         raise ValueError(f"groups of {group_size} of {weight.dtype} {rows} x {width} cannot be quantised")
-    run = getattr(kernels, f"int4_{group_size}")
-    run.argtypes, run.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2, None
     weight = weight.contiguous()
     numbers = torch.empty(rows, width // 2, dtype=torch.uint8)
     groups = torch.empty(rows, width // group_size, dtype=torch.uint8)
